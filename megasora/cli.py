@@ -1,0 +1,382 @@
+"""The `megasora` command: parse, build, run. tyro lives here only; heavy imports happen inside the command that needs them.
+
+A user's mistake is one line on rank 0 with its cure and exit code 2, never a stack trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from megasora import recipes
+from megasora.config.errors import UserError
+from megasora.config.io import dump, load_yaml, to_dict
+from megasora.config.parameters import parameter_count
+from megasora.config.schema import RunConfig
+from megasora.config.validate import model_state_bytes, problems
+
+ArgsT = TypeVar("ArgsT")
+Axes = tuple[int, int, int]
+
+LATER = {
+    "plan": "the layout planner",
+    "dryrun": "the dry run",
+    "study": "scaling studies",
+    "data": "the data pyramid and the encoder to shards",
+    "inspect": "looking into weight files",
+    "compare": "comparing weight files",
+}
+"""Commands of the contract that this version does not have yet; they refuse, they are not missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardArgs:
+    """One forward pass of weights on inputs, in any layout (the parity tool)."""
+
+    weights: Path
+    """Weights of any format."""
+    inputs: Path
+    """in.safetensors: img, img_ids, txt, txt_ids, timesteps, y_vec, guidance and cond where the model has them."""
+    output: Path
+    """out.safetensors: pred [B, N, C], fp32."""
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    vp: int | None = None
+    grads: Path | None = None
+    """Write the gradient of mean(pred^2) for every parameter under its release key."""
+    axes_dim: Axes | None = None
+    """Rotary dims per axis; None takes K/8, 7K/16, 7K/16."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    context_parallel_backend: Literal["auto", "ulysses", "ring", "ulysses_ring"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArgs:
+    """Where a sampling run reads and writes; sizes are --height, --width, --num_frames, --fps, --steps, --seed."""
+
+    weights: Path
+    """Weights of any format, or a training checkpoint."""
+    prompt: tuple[str, ...]
+    """One or more prompts."""
+    output: Path
+    """Folder of the clips."""
+    image: Path | None = None
+    """First frame (i2v_head)."""
+    select: Literal["model", "ema"] = "model"
+    """Which weights of a training checkpoint."""
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    steps: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArgs:
+    """Weights from one format to another."""
+
+    source_format: Annotated[Literal["auto", "flux", "diffusers", "opensora", "opensora-fused", "megasora"], tyro.conf.arg(name="from")] = (
+        "auto"
+    )
+    target_format: Annotated[Literal["flux", "diffusers", "opensora", "opensora-fused"], tyro.conf.arg(name="to")]
+    drop_cond: bool = False
+    """Export a model with an image condition to a format without: fold cond_in.bias into img_in.bias, drop cond_in.weight (lossy)."""
+    select: Literal["model", "master", "ema"] = "model"
+    """Which weights of a training checkpoint."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exits 0, or 2 after a user's mistake."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        if _rank() == 0:
+            print(f"megasora: error: {error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except KeyboardInterrupt:
+        _leave(130)
+
+
+def _leave(code: int) -> None:
+    """End now: a failed rank must not wait in a destructor for ranks that go on."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    name, rest = arguments[0], arguments[1:]
+    if name in LATER:
+        raise UserError(f"{name}: {LATER[name]} is not available in this version; see docs/architecture.md for what is")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, [*COMMANDS, *LATER], n=1)
+        raise UserError(f"no command {name!r}{f'; did you mean {near[0]}?' if near else '; try megasora --help'}")
+    COMMANDS[name](rest)
+
+
+def _overview() -> str:
+    lines = ["usage: megasora COMMAND ...", ""]
+    lines += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<10} (not in this version) {what}" for name, what in LATER.items()]
+    return "\n".join([*lines, "", "megasora train RECIPE --help lists every setting of a recipe."])
+
+
+def _flags(kind: Any, prefix: str = "") -> list[str]:
+    """Every flag of a (nested) dataclass, with underscores."""
+    import typing
+
+    hints = typing.get_type_hints(kind)
+    names: list[str] = []
+    for field in fields(kind):
+        hint = hints[field.name]
+        names += _flags(hint, f"{prefix}{field.name}.") if is_dataclass(hint) else [f"--{prefix}{field.name}"]
+    return names
+
+
+def _parse(kind: Callable[..., ArgsT], arguments: list[str], *, default: ArgsT | None = None, prog: str) -> ArgsT:
+    """tyro, with its complaints made one line.
+
+    Raises:
+        UserError: an unknown flag or a value of the wrong type.
+    """
+    text = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(text):
+            return tyro.cli(kind, args=arguments, prog=prog, use_underscores=True, **extra)  # type: ignore[no-any-return,call-overload]
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(_one_line(text.getvalue(), prog)) from None
+
+
+def _one_line(complaint: str, prog: str) -> str:
+    plain = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+", " ", complaint)
+    words = re.sub(r"\s+", " ", plain).strip()
+    words = re.sub(r"^(Parsing error|Unrecognized options|Required options)\s*", "", words)
+    words = re.split(r"\s*For full helptext", words)[0]
+    return f"{words} (megasora {prog.removeprefix('megasora ')} --help lists the flags)"
+
+
+def _run_config(arguments: list[str], *, command: str) -> RunConfig:
+    """RECIPE [--section.field value ...] -> config.
+
+    Raises:
+        UserError: no such recipe or flag, or a value of the wrong type.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"{command} needs a recipe or a config.yaml: megasora {command} RECIPE; there are {', '.join(recipes.RECIPES)}")
+    name, overrides = arguments[0], [_underscored(argument) for argument in arguments[1:]]
+    config = load_yaml(Path(name)) if name.endswith((".yaml", ".yml")) else recipes.get(name)
+    known = _flags(RunConfig)
+    for argument in overrides:
+        flag = argument.split("=")[0]
+        if flag.startswith("--") and flag not in known and flag != "--help" and f"--{flag[2:].replace('.no_', '.')}" not in known:
+            near = difflib.get_close_matches(flag, known, n=1)
+            raise UserError(f"unknown flag {flag}{f'; did you mean {near[0]}?' if near else ''}")
+    return _parse(RunConfig, overrides, default=config, prog=f"megasora {command} {name}")
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _train(arguments: list[str]) -> None:
+    """RECIPE [--section.field value ...]: train, or go on with a run."""
+    config = _run_config(arguments, command="train")
+    from megasora.training.run import train
+
+    train(config)
+
+
+def _validate(arguments: list[str]) -> None:
+    """RECIPE --gpus N [...]: the checks of train, without ranks."""
+    gpus = 1
+    rest: list[str] = []
+    as_json = "--json" in arguments
+    queue = iter([argument for argument in arguments if argument != "--json"])
+    for argument in queue:
+        if argument == "--gpus" or argument.startswith("--gpus="):
+            value = argument.partition("=")[2] or next(queue, "")
+            if not value.isdigit() or int(value) < 1:
+                raise UserError(f"--gpus {value!r} must be a positive number")
+            gpus = int(value)
+        else:
+            rest.append(argument)
+    config = _run_config(rest, command="validate")
+    found = problems(config, world_size=gpus)
+    if as_json:
+        print(json.dumps({"problems": [to_dict(problem) for problem in found]}))
+        if found:
+            _leave(2)
+        return
+    if found:
+        raise UserError("\n  ".join([f"{len(found)} problem(s)", *map(str, found)]))
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{config.recipe} on {gpus} GPU(s): no problems", show_header=False)
+    parallel = config.parallel
+    table.add_row("parameters", f"{parameter_count(config.model):,}")
+    table.add_row("data parallel size", str(gpus // parallel.model_parallel_size))
+    table.add_row("weights, gradients, optimizer, EMA", f"{model_state_bytes(config, world_size=gpus) / 1e9:.1f} GB on the fullest GPU")
+    table.add_row("tokens per step", f"{config.data.global_tokens:,}")
+    Console().print(table)
+
+
+def _recipes(arguments: list[str]) -> None:
+    """List the recipes."""
+    rows = [
+        {"name": name, "parameters": parameter_count(recipe().model), "about": (recipe.__doc__ or "").splitlines()[0]}
+        for name, recipe in recipes.RECIPES.items()
+    ]
+    if "--json" in arguments:
+        print(json.dumps(rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "parameters", "about")
+    for row in rows:
+        table.add_row(str(row["name"]), f"{row['parameters']:,}", str(row["about"]))
+    Console().print(table)
+
+
+def _show(arguments: list[str]) -> None:
+    """RECIPE [...] [--json]: every setting."""
+    config = _run_config([argument for argument in arguments if argument != "--json"], command="show")
+    print(json.dumps(to_dict(config)) if "--json" in arguments else dump(config), end="" if "--json" not in arguments else "\n")
+
+
+def _forward(arguments: list[str]) -> None:
+    """--weights PATH --inputs FILE --output FILE [...]: one forward in any layout (the parity tool)."""
+    args = _parse(ForwardArgs, [_underscored(a) for a in arguments], prog="megasora forward")
+    from megasora.inference.forward import run_forward
+
+    run_forward(**{field.name: getattr(args, field.name) for field in fields(args)})
+
+
+def _sample(arguments: list[str]) -> None:
+    """RECIPE --weights PATH --prompt TEXT --output DIR [...]: text (and image) to video."""
+    own = {f"--{field.name}" for field in fields(SampleArgs)}
+    mine, rest = _partition([_underscored(a) for a in arguments[1:]], own)
+    config = _run_config([*arguments[:1], *rest], command="sample")
+    args = _parse(SampleArgs, mine, prog="megasora sample")
+    from megasora.inference.sample import run_sample
+
+    run_sample(config, **{field.name: getattr(args, field.name) for field in fields(args)})
+
+
+def _partition(arguments: list[str], own: set[str]) -> tuple[list[str], list[str]]:
+    """(flags in `own` with their values, the rest)."""
+    mine: list[str] = []
+    rest: list[str] = []
+    target = rest
+    for argument in arguments:
+        if argument.startswith("--"):
+            target = mine if argument.split("=")[0] in own else rest
+        target.append(argument)
+    return mine, rest
+
+
+def _convert(arguments: list[str]) -> None:
+    """SRC DST --to FORMAT [...]: weights between formats."""
+    if len(arguments) < 2 or any(argument.startswith("-") for argument in arguments[:2]):
+        raise UserError("convert needs a source and a target: megasora convert SRC DST --to opensora")
+    args = _parse(ConvertArgs, [_underscored(a) for a in arguments[2:]], prog="megasora convert")
+    from megasora.checkpoint.export import export_weights
+
+    for note in export_weights(
+        Path(arguments[0]),
+        Path(arguments[1]),
+        source_format=args.source_format,
+        target_format=args.target_format,
+        drop_cond=args.drop_cond,
+        select=args.select,
+    ):
+        print(note)
+
+
+def _doctor(arguments: list[str]) -> None:
+    """What is installed, and what each missing part would bring."""
+    rows = [*_packages(), _cuda()]
+    if "--json" in arguments:
+        print(json.dumps(rows))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("part", "state", "brings")
+    for row in rows:
+        table.add_row(*(escape(row[column]) for column in ("part", "state", "brings")))
+    Console().print(table)
+
+
+def _packages() -> list[dict[str, str]]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    parts = (
+        ("torch", "tensors", "pip install torch"),
+        ("megatron-core", "tensor, pipeline and data parallelism", "pip install megatron-core==0.16.1"),
+        ("transformer-engine", "FP8 and fused layers on CUDA", 'pip install "megasora[gpu]"'),
+        ("flash-attn", "variable-length attention on CUDA", 'pip install "megasora[flash]"'),
+        ("nvidia-dali-cuda130", "video decoding on the GPU", 'pip install "megasora[data]"'),
+        ("av", "video decoding on the CPU, mp4 output", "pip install av"),
+        ("diffusers", "the HunyuanVideo autoencoder", "pip install diffusers"),
+        ("transformers", "T5 and CLIP", "pip install transformers"),
+        ("tensorboard", "curves", "pip install tensorboard"),
+    )
+    rows = []
+    for name, brings, cure in parts:
+        try:
+            rows.append({"part": name, "state": version(name), "brings": brings})
+        except PackageNotFoundError:
+            rows.append({"part": name, "state": f"missing: {cure}", "brings": brings})
+    return rows
+
+
+def _cuda() -> dict[str, str]:
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {"part": "CUDA devices", "state": ", ".join(names) or "none: the CPU backend runs", "brings": "speed, FP8, NVDEC"}
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "train": _train,
+    "validate": _validate,
+    "recipes": _recipes,
+    "show": _show,
+    "forward": _forward,
+    "sample": _sample,
+    "convert": _convert,
+    "doctor": _doctor,
+}

@@ -1,0 +1,342 @@
+"""The schema of a run: frozen, keyword-only dataclasses, one per part that owns the knobs.
+
+A recipe (`megasora.recipes`) returns a `RunConfig`; the command line overrides its fields; `config.io` writes and reads it
+strictly; `config.validate` returns every problem at once. Nothing here touches torch, a device or a file.
+The string under a field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["fp32", "bf16"]
+Fp8 = Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the MMDiT. The defaults are Open-Sora v2 (11.89 B); source: hpcaitech/Open-Sora configs/diffusion/train/image.py."""
+
+    hidden_size: int = 3072
+    """Width H of the token stream."""
+    num_attention_heads: int = 24
+    """Attention heads N; the head size is hidden_size / num_attention_heads."""
+    num_double_blocks: int = 19
+    """Double-stream blocks (separate weights for text and video); they come first."""
+    num_single_blocks: int = 38
+    """Single-stream blocks (shared weights); they come after the double blocks."""
+    ffn_hidden_size: int = 12288
+    """Width of the feed-forward layers (4 H)."""
+    in_channels: int = 64
+    """Channels of one video token: latent channels x patch_size^2 (16 x 4 for the 4x8x8 VAE, 128 x 1 for the DC-AE)."""
+    patch_size: int = 2
+    """Side of the square of latent pixels folded into one token."""
+    text_dim: int = 4096
+    """Channels of one text embedding (T5-XXL: 4096)."""
+    vec_dim: int = 768
+    """Channels of the pooled text embedding (CLIP-L: 768)."""
+    time_dim: int = 256
+    """Channels of the sinusoidal embedding of t (and of guidance)."""
+    axes_dim: tuple[int, int, int] = (16, 56, 56)
+    """Rotary dims of one head given to the (time, height, width) axes; they sum to the head size."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    guidance_embed: bool = False
+    """Whether the model takes a distilled guidance scale (FLUX.1-dev does, Open-Sora v2 does not)."""
+    cond_embed: bool = True
+    """Whether the model takes an image/video condition through `cond_in` (Open-Sora v2 does, FLUX does not)."""
+    norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm and of the query/key RMSNorm."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels K of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of both kinds."""
+        return self.num_double_blocks + self.num_single_blocks
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the autoencoder's latent."""
+        return self.in_channels // self.patch_size**2
+
+    @property
+    def cond_channels(self) -> int:
+        """Channels of the condition token: the patchified [mask, masked latent]."""
+        return self.in_channels + self.patch_size**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model replica is spread over ranks, and what is recomputed."""
+
+    tensor_model_parallel_size: int = 1
+    """TP: ranks that share each layer. Above 1 sequence parallelism is always on."""
+    pipeline_model_parallel_size: int = 1
+    """PP: stages that share the list of blocks."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """VP: model chunks per stage (interleaved schedule); None means one chunk, 1F1B."""
+    context_parallel_size: int = 1
+    """CP: ranks that share the tokens of each sample inside attention."""
+    context_parallel_backend: Literal["auto", "ulysses", "ring", "ulysses_ring"] = "auto"
+    """ulysses: all-to-all over heads; ring: keys and values travel; ulysses_ring: both; auto: ulysses where the heads of a TP rank
+    divide by CP, otherwise the largest ulysses factor times ring."""
+    ulysses_size: int | None = None
+    """Ulysses factor of context_parallel_size for ulysses_ring; None picks the largest that divides the heads of a TP rank."""
+    pipeline_split: Literal["flops", "parameters", "memory", "given"] = "flops"
+    """What the stages are balanced by; `given` takes pipeline_blocks."""
+    pipeline_blocks: tuple[int, ...] | None = None
+    """Blocks per model chunk in pipeline order, length PP x VP, for pipeline_split=given."""
+    recompute: Literal["none", "full", "count"] = "none"
+    """Activation recomputation: none, every block, or the first N blocks of each kind in every stage."""
+    recompute_double_blocks: int = 0
+    """Double blocks recomputed per stage when recompute=count."""
+    recompute_single_blocks: int = 0
+    """Single blocks recomputed per stage when recompute=count."""
+    overlap_grad_reduce: bool = False
+    """Overlap the data-parallel gradient reduction with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the distributed optimizer's (ZeRO-1, always on) parameter gather with the forward pass (needs overlap_grad_reduce)."""
+    timeout_minutes: float = 30.0
+    """How long a collective may wait before the job is ended."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks of one model replica: TP x PP x CP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def num_model_chunks(self) -> int:
+        """Model chunks a rank holds (VP, or 1)."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats and layer providers."""
+
+    dtype: Dtype = "bf16"
+    """Parameters and activations; bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    fp8: Fp8 = "none"
+    """FP8 recipe of Transformer Engine for the linear layers of the blocks (Megatron's names)."""
+    provider: Literal["auto", "te", "local"] = "auto"
+    """Layers: Transformer Engine or Megatron-core's own; auto takes te on CUDA when it is installed, local on CPU."""
+    attention: Literal["auto", "te", "flash", "torch"] = "auto"
+    """Attention kernel; auto takes te or flash on CUDA when installed, torch otherwise."""
+    compile: bool = False
+    """torch.compile the pointwise parts of a block (CUDA only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which clips are trained on, and how a step is filled."""
+
+    manifest: str | None = None
+    """csv or parquet table of clips (columns path, text, num_frames, height, width, aspect_ratio, resolution, fps, ...)."""
+    eval_manifest: str | None = None
+    """Held-out clips for the validation loss; None turns it off."""
+    global_tokens: int = 1_000_000
+    """A step takes the next samples of the epoch until one more would exceed this many tokens (text and video)."""
+    num_microbatches: int = 1
+    """Packs per data-parallel replica and step (M); raised to a multiple of PP when interleaved."""
+    resolution: str = "256px"
+    """Resolution class whose table of sizes is used ('256px', '768px', or 'manifest' for the clips' own sizes rounded down)."""
+    frame_counts: tuple[int, ...] = (129, 97, 65, 33, 1)
+    """Allowed frame counts, longest first; a clip takes the longest it can fill."""
+    target_fps: float = 24.0
+    """Clips are strided by the smallest whole number that brings them to at most this rate."""
+    text_tokens: int = 512
+    """Length L of the text embedding (padded, no mask)."""
+    decoder: Literal["auto", "pyav", "dali"] = "auto"
+    """One decoder per run: pyav (CPU, everything) or dali (GPU: NVDEC; CPU: VP8, VP9, MJPEG)."""
+    decode_workers: int = 2
+    """Threads that decode ahead of the step on each rank."""
+    prefetch_steps: int = 2
+    """Steps whose clips are decoded ahead."""
+    dropout_t5: float = 0.316
+    """Probability that a sample trains without its T5 text. Open-Sora configs/diffusion/train: dropout_ratio t5."""
+    dropout_clip: float = 0.316
+    """Probability that a sample trains without its CLIP vector, independent of dropout_t5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionConfig:
+    """How image/video conditions are drawn; weights need not sum to one. Source: Open-Sora configs/diffusion/train/stage2_i2v.py."""
+
+    t2v: float = 1.0
+    """Weight of text-only samples."""
+    i2v_head: float = 0.0
+    """Weight of samples conditioned on their first frame."""
+    i2v_loop: float = 0.0
+    """Weight of samples conditioned on first and last frame."""
+    i2v_tail: float = 0.0
+    """Weight of samples conditioned on their last frame."""
+    v2v_head: float = 0.0
+    """Weight of samples conditioned on their first 33 frames."""
+    v2v_tail: float = 0.0
+    """Weight of samples conditioned on their last 33 frames."""
+    v2v_head_easy: float = 0.0
+    """Weight of samples conditioned on their first 65 frames."""
+    v2v_tail_easy: float = 0.0
+    """Weight of samples conditioned on their last 65 frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Flow matching: how training pairs are drawn."""
+
+    sigma_min: float = 1e-5
+    """Noise left at t = 0. Open-Sora scripts/diffusion/train.py:354."""
+    shift_points: tuple[tuple[float, float], tuple[float, float]] = ((256.0, 1.0), (4096.0, 3.0))
+    """Two points (tokens, shift) of the line that gives the spatial shift. FLUX util.sampling.get_lin_function."""
+    temporal_shift: bool = True
+    """Multiply the shift by sqrt(T_lat). Open-Sora scripts/diffusion/train.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodersConfig:
+    """Autoencoder and text encoders, as local folders in their published formats."""
+
+    vae: str | None = None
+    """Folder of a HunyuanVideo VAE (diffusers AutoencoderKLHunyuanVideo: config.json + safetensors)."""
+    t5: str | None = None
+    """Folder of a T5 encoder (transformers T5EncoderModel) with its spiece.model."""
+    clip: str | None = None
+    """Folder of a CLIP text model (transformers CLIPTextModel) with its tokenizer."""
+    dtype: Dtype = "bf16"
+    """Number format of the encoders."""
+    temporal_compression: int = 4
+    """Video frames per latent frame."""
+    spatial_compression: int = 8
+    """Pixels per latent pixel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam and its schedule. Source: Open-Sora configs/diffusion/train (HybridAdam; eps 1e-15)."""
+
+    lr: float = 5e-5
+    """Peak learning rate."""
+    lr_milestones: tuple[tuple[int, float], ...] = ()
+    """(step, learning rate) pairs: from that step on the rate is the given one."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-15
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    ema_decay: float = 0.9999
+    """Decay of the moving average of the fp32 weights; 0 turns EMA off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When and what is saved."""
+
+    interval_steps: int = 500
+    """Steps between checkpoints; the last step is always saved. 0 saves only the last."""
+    keep: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this are never removed; 0 means none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What the weights start from."""
+
+    weights: str | None = None
+    """Weights of any supported format to start from; ignored with a notice on resume."""
+    seed: int = 1024
+    """Seed of the random initialisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured and shown during training."""
+
+    interval_steps: int = 0
+    """Steps between held-out losses (fixed clips, noise and timesteps); 0 turns them off."""
+    num_timestep_bins: int = 5
+    """The held-out loss is reported at this many evenly spaced timesteps."""
+    sample_interval_steps: int = 0
+    """Steps between sample clips; 0 turns them off."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of the sample clips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How clips are generated. Defaults: Open-Sora configs/diffusion/inference/256px.py."""
+
+    height: int = 256
+    """Pixels; a multiple of spatial_compression x patch_size."""
+    width: int = 256
+    """Pixels; a multiple of spatial_compression x patch_size."""
+    num_frames: int = 129
+    """Frames: 1 or 4k+1."""
+    fps: float = 24.0
+    """Frames per second of the clip."""
+    steps: int = 50
+    """Euler steps."""
+    guidance: float = 7.5
+    """Text guidance g_txt."""
+    guidance_img: float = 3.0
+    """Image guidance g_img."""
+    guidance_oscillation: bool = True
+    """Keep the guidance in steps < 10 and even ones, use 1 in the others (text)."""
+    motion_score: float | None = 4.0
+    """Motion score appended to the prompt; None appends nothing."""
+    seed: int = 42
+    """Seed of the noise; the same seed gives the same clip in every layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run itself."""
+
+    steps: int = 10_000
+    """Absolute total of optimizer steps, also after a resume."""
+    seed: int = 42
+    """Seed of sample order, noise, timesteps, dropout and conditions."""
+    log_interval_steps: int = 1
+    """Steps between log lines on rank 0 (metrics.jsonl always has every step)."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms (slower on CUDA)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    recipe: str
+    """Name of the recipe this came from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes cuda when there is one."""
+    run_dir: str | None = None
+    """Folder of the run; None makes runs/<recipe>."""

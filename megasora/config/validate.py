@@ -1,0 +1,296 @@
+"""All problems of a run at once, each with its cure, before any device is touched. Pure arithmetic on the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megasora.config.errors import UserError
+from megasora.config.parameters import double_block_parameters, modulation_parameters, parameter_count, single_block_parameters
+from megasora.config.schema import RunConfig
+
+GPU_BYTES = 141e9
+"""Memory of an H200 (NVIDIA data sheet: 141 GB), the largest GPU the estimate is made for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that cannot work."""
+
+    field: str
+    message: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}; {self.cure}"
+
+
+Check = Callable[[RunConfig, int], Iterator[Problem]]
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors in ascending order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _layout(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    parallel, model = config.parallel, config.model
+    tp, pp, vp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    )
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(parallel, name) < 1:
+            yield Problem(field=f"parallel.{name}", message=f"is {getattr(parallel, name)}", cure="use at least 1")
+            return
+    if model.num_attention_heads % tp:
+        yield Problem(
+            field="parallel.tensor_model_parallel_size",
+            message=f"{model.num_attention_heads} heads do not divide by {tp}",
+            cure=f"use one of {divisors(model.num_attention_heads)}",
+        )
+    if world_size % parallel.model_parallel_size:
+        yield Problem(
+            field="parallel",
+            message=f"world size {world_size} is not a multiple of TP x PP x CP = {parallel.model_parallel_size}",
+            cure=f"start {parallel.model_parallel_size * max(1, world_size // parallel.model_parallel_size)} ranks or change the sizes",
+        )
+    if pp * (vp or 1) > model.num_blocks:
+        yield Problem(
+            field="parallel.pipeline_model_parallel_size",
+            message=f"{model.num_blocks} blocks cannot fill {pp * (vp or 1)} chunks (PP x VP)",
+            cure=f"use at most {model.num_blocks} chunks",
+        )
+    if vp is not None and (vp < 2 or pp < 2):
+        yield Problem(
+            field="parallel.virtual_pipeline_model_parallel_size",
+            message=f"interleaving needs PP >= 2 and VP >= 2, got PP {pp} VP {vp}",
+            cure="raise PP, or leave VP unset",
+        )
+    yield from _pipeline_split(config)
+    yield from _context(config)
+
+
+def _pipeline_split(config: RunConfig) -> Iterator[Problem]:
+    parallel, model = config.parallel, config.model
+    chunks = parallel.pipeline_model_parallel_size * parallel.num_model_chunks
+    given = parallel.pipeline_blocks
+    if parallel.pipeline_split == "given":
+        if given is None or len(given) != chunks or sum(given) != model.num_blocks or min(given) < 1:
+            yield Problem(
+                field="parallel.pipeline_blocks",
+                message=f"{given} is not {chunks} positive numbers that sum to {model.num_blocks}",
+                cure="give one number per chunk (PP x VP), or use pipeline_split flops",
+            )
+    elif given is not None:
+        yield Problem(
+            field="parallel.pipeline_blocks",
+            message=f"is set, but pipeline_split is {parallel.pipeline_split}",
+            cure="use --parallel.pipeline_split given",
+        )
+
+
+def _context(config: RunConfig) -> Iterator[Problem]:
+    parallel, model = config.parallel, config.model
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    heads = model.num_attention_heads // tp
+    if parallel.context_parallel_backend == "ulysses" and heads % cp:
+        yield Problem(
+            field="parallel.context_parallel_size",
+            message=f"ulysses needs the {heads} heads of a TP rank to divide by CP {cp}",
+            cure=f"use one of {divisors(heads)}, or context_parallel_backend auto or ring",
+        )
+    size = parallel.ulysses_size
+    if size is not None:
+        if parallel.context_parallel_backend != "ulysses_ring":
+            yield Problem(
+                field="parallel.ulysses_size",
+                message=f"is set, but the backend is {parallel.context_parallel_backend}",
+                cure="use context_parallel_backend ulysses_ring",
+            )
+        elif size < 1 or cp % size or heads % size:
+            yield Problem(
+                field="parallel.ulysses_size",
+                message=f"{size} must divide CP ({cp}) and the heads of a TP rank ({heads})",
+                cure=f"use one of {[d for d in divisors(cp) if heads % d == 0]}",
+            )
+
+
+def _model(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    model, tp = config.model, max(1, config.parallel.tensor_model_parallel_size)
+    if model.hidden_size % model.num_attention_heads:
+        yield Problem(
+            field="model.hidden_size",
+            message=f"{model.hidden_size} is not a multiple of {model.num_attention_heads} heads",
+            cure="change one of them",
+        )
+    elif sum(model.axes_dim) != model.head_dim or any(dim % 2 for dim in model.axes_dim):
+        yield Problem(
+            field="model.axes_dim",
+            message=f"{model.axes_dim} must be even and sum to the head size {model.head_dim}",
+            cure="FLUX uses K/8, 7K/16, 7K/16",
+        )
+    if model.ffn_hidden_size % tp:
+        yield Problem(field="model.ffn_hidden_size", message=f"{model.ffn_hidden_size} does not divide by TP {tp}", cure="change TP")
+    if model.in_channels % model.patch_size**2:
+        yield Problem(
+            field="model.in_channels",
+            message=f"{model.in_channels} is not a multiple of patch_size^2 = {model.patch_size**2}",
+            cure="use latent channels x patch_size^2",
+        )
+
+
+def _schedule(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    parallel, data = config.parallel, config.data
+    vp, pp = parallel.virtual_pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
+    if data.num_microbatches < 1:
+        yield Problem(field="data.num_microbatches", message=f"is {data.num_microbatches}", cure="use at least 1")
+    if vp is not None and data.num_microbatches % pp:
+        yield Problem(
+            field="data.num_microbatches",
+            message=f"{data.num_microbatches} is not a multiple of PP {pp}, which interleaving needs",
+            cure=f"use {max(1, -(-data.num_microbatches // pp)) * pp}",
+        )
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        yield Problem(
+            field="parallel.overlap_param_gather", message="needs overlap_grad_reduce", cure="add --parallel.overlap_grad_reduce True"
+        )
+    counts = (parallel.recompute_double_blocks, parallel.recompute_single_blocks)
+    if (parallel.recompute == "count") != (max(counts) > 0) or min(counts) < 0:
+        yield Problem(
+            field="parallel.recompute",
+            message=f"recompute={parallel.recompute} with counts {counts}",
+            cure="give recompute=count and at least one positive count, or neither",
+        )
+
+
+def _precision(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    precision = config.precision
+    if config.device == "cpu":
+        for name, value, bad in (
+            ("fp8", precision.fp8, precision.fp8 != "none"),
+            ("provider", precision.provider, precision.provider == "te"),
+            ("attention", precision.attention, precision.attention in ("te", "flash")),
+            ("compile", precision.compile, precision.compile),
+        ):
+            if bad:
+                yield Problem(field=f"precision.{name}", message=f"{value} needs CUDA, the device is the CPU", cure="use its CPU default")
+    if precision.fp8 != "none":
+        if precision.dtype != "bf16":
+            yield Problem(
+                field="precision.fp8", message=f"FP8 layers take bf16 inputs, dtype is {precision.dtype}", cure="use --precision.dtype bf16"
+            )
+        if precision.provider == "local":
+            yield Problem(
+                field="precision.fp8", message="the local provider has no FP8 (Megatron-core would ignore it)", cure="use provider te"
+            )
+        if precision.fp8 == "mxfp8":
+            yield Problem(field="precision.fp8", message="mxfp8 needs a Blackwell GPU", cure="on Hopper use tensorwise or blockwise")
+
+
+def _data(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    data, condition = config.data, config.condition
+    weights = {name: getattr(condition, name) for name in condition.__dataclass_fields__}
+    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        yield Problem(field="condition", message=f"weights {weights} must be non-negative with a positive sum", cure="set condition.t2v 1")
+    if not config.model.cond_embed and any(weight > 0 for kind, weight in weights.items() if kind != "t2v"):
+        yield Problem(field="condition", message="image conditions need model.cond_embed", cure="set the other weights to 0")
+    ratio = config.encoders.temporal_compression
+    bad = [n for n in data.frame_counts if n < 1 or (n - 1) % ratio]
+    if bad or not data.frame_counts:
+        yield Problem(
+            field="data.frame_counts", message=f"{bad or 'empty'}: counts are 1 or {ratio}k+1", cure=f"for example {ratio * 8 + 1}"
+        )
+    for name in ("dropout_t5", "dropout_clip"):
+        if not 0 <= getattr(data, name) <= 1:
+            yield Problem(field=f"data.{name}", message=f"{getattr(data, name)} is no probability", cure="use 0 to 1")
+    if data.global_tokens < 1:
+        yield Problem(field="data.global_tokens", message=f"is {data.global_tokens}", cure="use at least the tokens of one sample")
+
+
+def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    ranges = (
+        ("optimizer.lr", optimizer.lr, optimizer.lr > 0, "positive"),
+        ("optimizer.beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "in [0, 1)"),
+        ("optimizer.beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "in [0, 1)"),
+        ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "positive"),
+        ("optimizer.ema_decay", optimizer.ema_decay, 0 <= optimizer.ema_decay < 1, "in [0, 1)"),
+        ("optimizer.clip_grad", optimizer.clip_grad, optimizer.clip_grad >= 0, "0 or positive"),
+        ("train.steps", config.train.steps, config.train.steps > 0, "positive"),
+        ("checkpoint.interval_steps", config.checkpoint.interval_steps, config.checkpoint.interval_steps >= 0, "0 or positive"),
+        ("flow.sigma_min", config.flow.sigma_min, 0 <= config.flow.sigma_min < 1, "in [0, 1)"),
+    )
+    for name, value, good, rule in ranges:
+        if not good:
+            yield Problem(field=name, message=f"is {value}", cure=f"use a value that is {rule}")
+    steps = [step for step, _ in optimizer.lr_milestones]
+    if steps != sorted(set(steps)):
+        yield Problem(field="optimizer.lr_milestones", message=f"steps {steps} must increase", cure="sort them")
+
+
+def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    unit = config.encoders.spatial_compression * config.model.patch_size
+    for name in ("height", "width"):
+        if getattr(config.sample, name) % unit or getattr(config.sample, name) < unit:
+            yield Problem(
+                field=f"sample.{name}",
+                message=f"{getattr(config.sample, name)} is not a multiple of {unit}",
+                cure=f"use {max(1, round(getattr(config.sample, name) / unit)) * unit}",
+            )
+    ratio = config.encoders.temporal_compression
+    if config.sample.num_frames < 1 or (config.sample.num_frames - 1) % ratio:
+        yield Problem(
+            field="sample.num_frames",
+            message=f"{config.sample.num_frames} is not 1 or {ratio}k+1",
+            cure=f"use {max(0, config.sample.num_frames - 1) // ratio * ratio + 1}",
+        )
+
+
+def model_state_bytes(config: RunConfig, *, world_size: int) -> float:
+    """Bytes of weights, gradients, optimizer and EMA on the fullest rank (facts: bf16 2 + fp32 gradients 4, fp32 master and moments 12 and
+    EMA 4 over the ranks that share them); activations come on top."""
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    shards = max(1, world_size // (tp * pp))
+    blocks = [double_block_parameters(model)] * model.num_double_blocks + [single_block_parameters(model)] * model.num_single_blocks
+    rest = parameter_count(model) - sum(blocks)
+    per_stage = -(-len(blocks) // pp)
+    fullest = max(sum(blocks[start : start + per_stage]) for start in range(0, len(blocks), per_stage)) + rest
+    weight_bytes = 4 if config.precision.dtype == "fp32" else 2
+    master = 8 if config.precision.dtype == "fp32" else 12
+    ema = 4 if config.optimizer.ema_decay > 0 else 0
+    return fullest / tp * (weight_bytes + 4 + (master + ema) / shards)
+
+
+def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    if config.device == "cpu":
+        return
+    needed = model_state_bytes(config, world_size=world_size)
+    if needed > GPU_BYTES:
+        yield Problem(
+            field="parallel",
+            message=f"weights, gradients and optimizer need {needed / 1e9:.0f} GB on the fullest GPU, which has {GPU_BYTES / 1e9:.0f} GB "
+            f"({modulation_parameters(config.model) / 1e9:.2f} B parameters are modulation, sharded over TP)",
+            cure="raise TP or PP, or the number of GPUs",
+        )
+
+
+CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _data, _numbers, _sample, _memory)
+
+
+def problems(config: RunConfig, *, world_size: int) -> list[Problem]:
+    """Everything that cannot work, in schema order; empty when the run is sound."""
+    return [problem for check in CHECKS for problem in check(config, world_size)]
+
+
+def raise_on_problems(config: RunConfig, *, world_size: int) -> None:
+    """Refuse a run that cannot work.
+
+    Raises:
+        UserError: one line per problem, each with its cure.
+    """
+    found = problems(config, world_size=world_size)
+    if found:
+        raise UserError("; ".join(str(problem) for problem in found) if len(found) == 1 else "\n  ".join(["", *map(str, found)]))

@@ -1,0 +1,1 @@
+"""Inference (layer L3): one forward for parity checks, and sampling."""

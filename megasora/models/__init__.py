@@ -1,0 +1,1 @@
+"""Models (layer L2): the MMDiT on Megatron-core layers, and the encoders around it."""

@@ -1,0 +1,1 @@
+"""The Open-Sora 2.0 MMDiT: one forward for every layout."""

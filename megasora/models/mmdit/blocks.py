@@ -1,0 +1,135 @@
+"""The two kinds of block. A block maps token shares to token shares; linear layers gather and scatter them over TP.
+
+Layouts: qkv rows of a TP rank are [q; k; v] of its heads, `linear1` is [q; k; v; mlp], `linear2` takes [attention; mlp].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megasora.config.schema import ModelConfig
+from megasora.models.mmdit.layers import Modulation, QueryKeyNorm, attend
+from megasora.models.mmdit.modulation import gated_residual, norm_modulate
+from megasora.models.mmdit.rotary import Rotation
+from megasora.models.mmdit.spec import LayerFactory
+from megasora.parallel.context import ContextAttention
+from megasora.parallel.pack import Pack, Runs
+
+
+class StreamAttention(nn.Module):
+    """Query, key, value and output projections of one stream of a double block."""
+
+    def __init__(self, model: ModelConfig, *, layers: LayerFactory) -> None:
+        super().__init__()
+        self.head_dim = model.head_dim
+        self.qkv = layers.column(model.hidden_size, 3 * model.hidden_size)
+        self.norm = QueryKeyNorm(model.head_dim, layers=layers, eps=model.norm_eps)
+        self.proj = layers.row(model.hidden_size, model.hidden_size)
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, H] -> q, k, v [S, heads of this TP rank, K], q and k normed."""
+        qkv = self.qkv(tokens)[0]
+        result: tuple[Tensor, Tensor, Tensor] = self.norm(qkv.view(qkv.shape[0], 3, -1, self.head_dim))
+        return result
+
+
+class MLP(nn.Module):
+    """Feed-forward layer with GELU (tanh)."""
+
+    def __init__(self, model: ModelConfig, *, layers: LayerFactory) -> None:
+        super().__init__()
+        self.fc1 = layers.column(model.hidden_size, model.ffn_hidden_size)
+        self.fc2 = layers.row(model.ffn_hidden_size, model.hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[s, H] -> [s, H]."""
+        result: Tensor = self.fc2(F.gelu(self.fc1(tokens)[0], approximate="tanh"))[0]
+        return result
+
+
+class Stream(nn.Module):
+    """One stream (text or video) of a double block: its own modulation, projections and feed-forward layer."""
+
+    def __init__(self, model: ModelConfig, *, layers: LayerFactory) -> None:
+        super().__init__()
+        self.eps = model.norm_eps
+        self.mod = Modulation(model.hidden_size, 6, layers=layers)
+        self.attn = StreamAttention(model, layers=layers)
+        self.mlp = MLP(model, layers=layers)
+
+    def project(self, tokens: Tensor, rows: tuple[Tensor, ...], runs: Runs) -> tuple[Tensor, Tensor, Tensor]:
+        """Modulated queries, keys and values."""
+        return self.attn.project(norm_modulate(tokens, shift=rows[0], scale=rows[1], runs=runs, eps=self.eps))
+
+    def finish(self, tokens: Tensor, attended: Tensor, rows: tuple[Tensor, ...], runs: Runs) -> Tensor:
+        """Output projection and feed-forward layer, each gated."""
+        tokens = gated_residual(tokens, gate=rows[2], branch=self.attn.proj(attended)[0], runs=runs)
+        branch = self.mlp(norm_modulate(tokens, shift=rows[3], scale=rows[4], runs=runs, eps=self.eps))
+        return gated_residual(tokens, gate=rows[5], branch=branch, runs=runs)
+
+
+class DoubleBlock(nn.Module):
+    """Text and video keep their own weights and meet in attention."""
+
+    def __init__(self, model: ModelConfig, *, layers: LayerFactory, attention: ContextAttention) -> None:
+        super().__init__()
+        self.txt = Stream(model, layers=layers)
+        self.img = Stream(model, layers=layers)
+        self.attention = attention
+
+    def forward(self, txt: Tensor, img: Tensor, vec: Tensor, rotation: Rotation, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Text share [., H] and video share [., H] -> the same."""
+        txt_rows, img_rows = self.txt.mod(vec), self.img.mod(vec)
+        of_txt = self.txt.project(txt, txt_rows, pack.text_runs)
+        of_img = self.img.project(img, img_rows, pack.video_runs)
+        q, k, v = (pack.join_streams(a, b) for a, b in zip(of_txt, of_img, strict=True))
+        attended = attend(q, k, v, rotation=rotation, pack=pack, attention=self.attention)
+        txt_attended, img_attended = pack.split_streams(attended)
+        return (
+            self.txt.finish(txt, txt_attended, txt_rows, pack.text_runs),
+            self.img.finish(img, img_attended, img_rows, pack.video_runs),
+        )
+
+
+class SingleBlock(nn.Module):
+    """Text and video share weights; attention and feed-forward run side by side between two linear layers."""
+
+    def __init__(self, model: ModelConfig, *, layers: LayerFactory, attention: ContextAttention) -> None:
+        super().__init__()
+        self.head_dim, self.eps = model.head_dim, model.norm_eps
+        tp = layers.tp_group.size()
+        self.qkv_size, self.mlp_size = 3 * model.hidden_size // tp, model.ffn_hidden_size // tp
+        self.modulation = Modulation(model.hidden_size, 3, layers=layers)
+        self.linear1 = layers.column(model.hidden_size, 3 * model.hidden_size + model.ffn_hidden_size)
+        self.norm = QueryKeyNorm(model.head_dim, layers=layers, eps=model.norm_eps)
+        self.linear2 = layers.row(model.hidden_size + model.ffn_hidden_size, model.hidden_size)
+        self.attention = attention
+
+    def forward(self, joint: Tensor, vec: Tensor, rotation: Rotation, pack: Pack) -> Tensor:
+        """Joint share [s, H] -> the same."""
+        shift, scale, gate = self.modulation(vec)
+        runs = pack.joint_runs
+        hidden = self.linear1(norm_modulate(joint, shift=shift, scale=scale, runs=runs, eps=self.eps))[0]
+        qkv, mlp = hidden.split([self.qkv_size, self.mlp_size], dim=-1)
+        q, k, v = self.norm(qkv.unflatten(-1, (3, -1, self.head_dim)))
+        attended = attend(q, k, v, rotation=rotation, pack=pack, attention=self.attention)
+        branch = self.linear2(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))[0]
+        return gated_residual(joint, gate=gate, branch=branch, runs=runs)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the projection back to latent channels, on video tokens."""
+
+    def __init__(self, model: ModelConfig, *, layers: LayerFactory) -> None:
+        super().__init__()
+        self.eps = model.norm_eps
+        self.adaLN_modulation = Modulation(model.hidden_size, 2, layers=layers)
+        self.linear = layers.on_tokens(model.hidden_size, model.in_channels)
+
+    def forward(self, img: Tensor, vec: Tensor, runs: Runs) -> Tensor:
+        """[., H] -> [., C]; the rows are (shift, scale)."""
+        shift, scale = self.adaLN_modulation(vec)
+        result: Tensor = self.linear(norm_modulate(img, shift=shift, scale=scale, runs=runs, eps=self.eps))
+        return result

@@ -1,0 +1,79 @@
+"""Builds the chunks of one rank from settings and groups."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megasora.config.errors import UserError
+from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megasora.models.mmdit.megatron_config import transformer_config
+from megasora.models.mmdit.model import MMDiT
+from megasora.models.mmdit.spec import ProviderName, submodules_of
+from megasora.models.mmdit.stages import stage_specs
+from megasora.parallel.attention_kernels import KernelName, choose_kernel
+from megasora.parallel.context import ContextAttention
+from megasora.parallel.groups import ParallelContext
+
+
+def choose_provider(name: Literal["auto", "te", "local"], *, device: torch.device) -> ProviderName:
+    """Layer provider for a device: `auto` takes Transformer Engine on CUDA when it is installed.
+
+    Raises:
+        UserError: te on the CPU.
+    """
+    if name == "te" and device.type == "cpu":
+        raise UserError("provider te needs CUDA; use --precision.provider local on the CPU")
+    if name != "auto":
+        return name
+    return "te" if device.type == "cuda" and _installed("transformer_engine") else "local"
+
+
+def choose_attention(name: Literal["auto", "te", "flash", "torch"], *, device: torch.device, dtype: torch.dtype) -> KernelName:
+    """Attention kernel for a device: `auto` takes te, then flash, on CUDA in bf16, torch otherwise.
+
+    Raises:
+        UserError: te or flash on the CPU.
+    """
+    if name in ("te", "flash") and device.type == "cpu":
+        raise UserError(f"attention {name} needs CUDA; use --precision.attention torch on the CPU")
+    if name != "auto":
+        return name
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        if _installed("transformer_engine"):
+            return "te"
+        if _installed("flash_attn"):
+            return "flash"
+    return "torch"
+
+
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
+def build_chunks(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    *,
+    context: ParallelContext,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[MMDiT], TransformerConfig]:
+    """This rank's chunks of the model (one per virtual stage), uninitialised, and the Megatron configuration they share."""
+    provider = choose_provider(precision.provider, device=context.device)
+    config = transformer_config(model, parallel, precision, device=context.device, provider=provider, dtype=dtype)
+    kernel = choose_kernel(
+        choose_attention(precision.attention, device=context.device, dtype=config.params_dtype),
+        num_heads=model.num_attention_heads,
+        head_dim=model.head_dim,
+    )
+    attention = ContextAttention(groups=context.context, kernel=kernel)
+    chunks = [
+        MMDiT(model, config=config, stage=stage, submodules=submodules_of(provider), context=context, attention=attention)
+        for stage in stage_specs(model, parallel, pp_rank=context.at.pp)
+    ]
+    return chunks, config

@@ -1,0 +1,69 @@
+"""Megatron-core's TransformerConfig for a run: the one place where our settings become its 176 fields."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megasora.config.errors import UserError
+from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FP8_ROW_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""Rows of an FP8 matrix product: 8 is the kernel's limit, 16 safe, 128 the block of `blockwise`, 32 that of `mxfp8`
+(Transformer Engine 2.11, pytorch/utils.py and pytorch/quantization)."""
+
+
+def transformer_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    *,
+    device: torch.device,
+    provider: str,
+    dtype: torch.dtype | None = None,
+) -> TransformerConfig:
+    """Megatron-core configuration of one stage.
+
+    Args:
+        model, parallel, precision: the run's settings.
+        device: this rank's device.
+        provider: `te` or `local`.
+        dtype: parameters and activations; None takes precision.dtype (fp64 serves the exact parity tests).
+
+    Raises:
+        UserError: FP8 without Transformer Engine, which Megatron-core would ignore in silence.
+    """
+    if precision.fp8 != "none" and provider != "te":
+        raise UserError(f"fp8={precision.fp8} needs the te provider on CUDA; use --precision.fp8 none")
+    dtype = dtype or DTYPES[precision.dtype]
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    on_cpu = device.type == "cpu"
+    return TransformerConfig(
+        num_layers=parallel.pipeline_model_parallel_size * parallel.num_model_chunks,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.tensor_model_parallel_size > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp8=None if precision.fp8 == "none" else "hybrid",
+        fp8_recipe=None if precision.fp8 == "none" else precision.fp8,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,
+        gradient_accumulation_fusion=provider == "te",
+        calculate_per_token_loss=True,
+        qk_layernorm=True,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=not on_cpu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )

@@ -1,0 +1,196 @@
+"""Context parallelism: attention whose tokens are spread over ranks.
+
+**Ulysses**: an all-to-all turns "all heads of my tokens" into "my heads of all tokens", a kernel that knows nothing of it runs, and a
+second all-to-all turns back. It needs only equal shares and (heads of a TP rank) % U == 0. **Ring**: keys and values travel around the
+ring, each chunk's result is merged by its log-sum-exp. CP = U x R runs Ulysses inside and the ring across. With CP = 1 nothing is sent.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from megasora.parallel.attention_kernels import ChunkResult, Kernel, chunk_backward, chunk_forward
+from megasora.parallel.groups import ContextGroups
+from megasora.parallel.pack import AttentionOrder, Pack
+
+
+class _AllToAll(torch.autograd.Function):
+    """Equal all-to-all over dim 0, which counts the ranks; its own inverse, so the backward is the same exchange."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group  # type: ignore[attr-defined]
+        return _exchange(tensor, group)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _exchange(grad, ctx.group), None  # type: ignore[attr-defined]
+
+
+def _exchange(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    tensor = tensor.contiguous()
+    received = torch.empty_like(tensor)
+    dist.all_to_all_single(received, tensor, group=group)
+    return received
+
+
+class _Ring(torch.autograd.Function):
+    """Attention of this rank's queries over the keys of every ring member, in attention order."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, lengths: tuple[tuple[int, ...], ...]
+    ) -> Tensor:
+        rank, size = group.rank(), group.size()
+        merged: ChunkResult | None = None
+        chunk = torch.stack([k, v])
+        for step in range(size):
+            handles, incoming = _pass_on(chunk, group) if step < size - 1 else ([], chunk)
+            part = chunk_forward(q, chunk[0], chunk[1], q_lengths=lengths[rank], k_lengths=lengths[(rank - step) % size])
+            merged = part if merged is None else _merge(merged, part)
+            for handle in handles:
+                handle.wait()
+            chunk = incoming
+        assert merged is not None, "a ring has at least one member"
+        out = merged.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, merged.lse)
+        ctx.group, ctx.lengths = group, lengths  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+        group, lengths = ctx.group, ctx.lengths  # type: ignore[attr-defined]
+        rank, size = group.rank(), group.size()
+        chunk = torch.stack([k, v])
+        grad_chunk = torch.zeros_like(chunk, dtype=lse.dtype)
+        grad_q = torch.zeros_like(q, dtype=lse.dtype)
+        for step in range(size):
+            handles, incoming = _pass_on(chunk, group) if step < size - 1 else ([], chunk)
+            parts = chunk_backward(
+                grad,
+                q,
+                chunk[0],
+                chunk[1],
+                merged=ChunkResult(out, lse),
+                q_lengths=lengths[rank],
+                k_lengths=lengths[(rank - step) % size],
+            )
+            grad_q += parts[0]
+            grad_chunk[0] += parts[1]
+            grad_chunk[1] += parts[2]
+            for handle in handles:
+                handle.wait()
+            chunk = incoming
+            if size > 1:  # gradients follow their keys around and after `size` hops are home
+                handles, grad_chunk = _pass_on(grad_chunk, group)
+                for handle in handles:
+                    handle.wait()
+        return grad_q.to(q.dtype), grad_chunk[0].to(k.dtype), grad_chunk[1].to(v.dtype), None, None
+
+
+def _pass_on(tensor: Tensor, group: dist.ProcessGroup) -> tuple[list[dist.Work], Tensor]:
+    """Start sending `tensor` to the next ring member and receiving the previous one's."""
+    rank, size = group.rank(), group.size()
+    received = torch.empty_like(tensor)
+    following, previous = dist.get_global_rank(group, (rank + 1) % size), dist.get_global_rank(group, (rank - 1) % size)
+    send = dist.P2POp(dist.isend, tensor.contiguous(), following, group)
+    receive = dist.P2POp(dist.irecv, received, previous, group)
+    return dist.batch_isend_irecv([send, receive]), received
+
+
+def _merge(a: ChunkResult, b: ChunkResult) -> ChunkResult:
+    """Attention over the union of two disjoint sets of keys (log-sum-exp merge, accumulated in the lse's dtype)."""
+    lse = torch.logaddexp(a.lse, b.lse)
+    weight_a, weight_b = (torch.exp(part.lse - lse).unsqueeze(-1) for part in (a, b))
+    return ChunkResult(a.out * weight_a + b.out * weight_b, lse)
+
+
+class ContextAttention:
+    """Attention over a pack whose tokens are spread over a context group.
+
+    Args:
+        groups: the Ulysses and ring factors of the context group.
+        kernel: attention over whole samples; used when the ring has one member.
+    """
+
+    def __init__(self, *, groups: ContextGroups, kernel: Kernel) -> None:
+        self.groups = groups
+        self.kernel = kernel
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+        """Attend.
+
+        Args:
+            q, k, v: [S, heads of this TP rank, head size], this context rank's tokens in joint order.
+            pack: whose samples they are.
+
+        Returns:
+            [S, heads of this TP rank, head size], joint order.
+        """
+        size = self.groups.ulysses_size
+        if size > 1:
+            q, k, v = self._heads_out(torch.stack([q, k, v], dim=1))
+        out = self._attend(q, k, v, pack)
+        return self._heads_back(out) if size > 1 else out
+
+    def _heads_out(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size, group = self.groups.ulysses_size, self.groups.ulysses
+        tokens, _, heads, width = qkv.shape
+        by_rank = qkv.view(tokens, 3, size, heads // size, width).permute(2, 0, 1, 3, 4)
+        received: Tensor = _AllToAll.apply(by_rank, group)  # type: ignore[no-untyped-call]
+        q, k, v = received.reshape(size * tokens, 3, heads // size, width).unbind(1)
+        return q, k, v
+
+    def _heads_back(self, out: Tensor) -> Tensor:
+        size, group = self.groups.ulysses_size, self.groups.ulysses
+        tokens, heads, width = out.shape[0] // size, out.shape[1], out.shape[2]
+        received: Tensor = _AllToAll.apply(out.reshape(size, tokens, heads, width), group)  # type: ignore[no-untyped-call]
+        return received.permute(1, 0, 2, 3).reshape(tokens, size * heads, width)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+        orders = [pack.attention_order(self._cp_ranks(ring_rank)) for ring_rank in range(self.groups.ring_size)]
+        own = orders[self.groups.ring_rank]
+        q, k, v = (_reorder(x, own.index, own.inverse) for x in (q, k, v))
+        if len(orders) == 1:
+            out = self.kernel(q, k, v, own)
+        else:
+            out = _Ring.apply(q, k, v, self.groups.ring, _equal_lengths(orders))  # type: ignore[no-untyped-call]
+        return _reorder(out, own.inverse, own.index)
+
+    def _cp_ranks(self, ring_rank: int) -> range:
+        size = self.groups.ulysses_size
+        return range(ring_rank * size, (ring_rank + 1) * size)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the backward gathers by the inverse (index_select's own backward would scatter with atomics)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(inverse)
+        return tensor.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad.index_select(0, inverse), None, None
+
+
+def _reorder(tensor: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
+    if index is None:
+        return tensor
+    result: Tensor = _Permute.apply(tensor, index, inverse)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _equal_lengths(orders: list[AttentionOrder]) -> tuple[tuple[int, ...], ...]:
+    """Lengths per ring member, all with as many entries (a member may hold none of the dummy)."""
+    longest = max(len(order.lengths) for order in orders)
+    return tuple(order.lengths + (0,) * (longest - len(order.lengths)) for order in orders)

@@ -1,0 +1,184 @@
+"""Process groups: the one file that touches `megatron.core.parallel_state`.
+
+`initialize` builds every group once and returns a `ParallelContext` that is passed to whoever needs it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from megasora.config.errors import UserError
+from megasora.config.schema import ParallelConfig
+from megasora.parallel.cpu import enable_cpu_backend
+from megasora.parallel.topology import Coordinates, Topology, topology_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextGroups:
+    """How one context-parallel group is factored: `ulysses` ranks are neighbours, `ring` strides over them."""
+
+    ulysses: dist.ProcessGroup
+    ring: dist.ProcessGroup
+    ulysses_size: int
+    ring_size: int
+    ulysses_rank: int
+    ring_rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """A rank's place and groups in a job."""
+
+    topology: Topology
+    at: Coordinates
+    rank: int
+    device: torch.device
+    pg_collection: ProcessGroupCollection
+    """Megatron-core's groups (tp, pp, cp, dp, dp_cp, mp, embd, ...)."""
+    replica: dist.ProcessGroup
+    """All ranks of this rank's model replica (TP x CP x PP): they share decoding and encoding."""
+    context: ContextGroups
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.topology.world_size
+
+
+def ulysses_factor(*, backend: str, ulysses_size: int | None, context_parallel_size: int, heads_per_tp_rank: int) -> int:
+    """Ulysses factor U of CP = U x R for a backend name of `ParallelConfig.context_parallel_backend`.
+
+    Raises:
+        UserError: the factor divides neither the heads of a TP rank nor CP.
+    """
+    cp = context_parallel_size
+    largest = max(u for u in range(1, cp + 1) if cp % u == 0 and heads_per_tp_rank % u == 0)
+    size = {"ulysses": cp, "ring": 1, "auto": largest, "ulysses_ring": ulysses_size or largest}[backend]
+    if cp % size or heads_per_tp_rank % size:
+        raise UserError(
+            f"ulysses factor {size} must divide context_parallel_size ({cp}) and the heads of a tensor rank "
+            f"({heads_per_tp_rank}); use --parallel.context_parallel_backend auto (it would take {largest})"
+        )
+    return size
+
+
+def choose_device(name: str) -> torch.device:
+    """Device of this rank for `auto`, `cpu` or `cuda` (one GPU per local rank).
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+
+
+def start_world(device: torch.device, *, timeout_minutes: float) -> None:
+    """Start torch.distributed for the world torchrun or srun describes; a bare command is a world of one."""
+    if device.type == "cpu":
+        enable_cpu_backend()
+    else:
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    env = os.environ
+    rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
+    world_size = int(env.get("WORLD_SIZE", env.get("SLURM_NTASKS", "1")))
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    timeout = timedelta(minutes=timeout_minutes)
+    if world_size == 1:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        raise UserError(f"{world_size} ranks need MASTER_ADDR and MASTER_PORT: start with torchrun, or export both in the sbatch file")
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def initialize(
+    parallel: ParallelConfig, *, device: torch.device, num_attention_heads: int, seed: int, ranks_in_world: int | None = None
+) -> ParallelContext:
+    """Build every process group of the layout; all ranks of the world call it together.
+
+    Args:
+        parallel: sizes of the axes.
+        device: this rank's device.
+        num_attention_heads: heads of the model, for the Ulysses factor.
+        seed: seed of Megatron's RNG tracker (nothing of ours draws from it).
+        ranks_in_world: world size; None reads it from torch.distributed.
+
+    Raises:
+        UserError: the world or the context factor does not fit.
+    """
+    world_size = ranks_in_world or dist.get_world_size()
+    topology = topology_of(parallel, world_size=world_size)
+    factor = ulysses_factor(
+        backend=parallel.context_parallel_backend,
+        ulysses_size=parallel.ulysses_size,
+        context_parallel_size=topology.cp,
+        heads_per_tp_rank=num_attention_heads // topology.tp,
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        virtual_pipeline_model_parallel_size=topology.vp,
+        context_parallel_size=topology.cp,
+        create_gloo_process_groups=device.type == "cpu",
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    rank = dist.get_rank()
+    return ParallelContext(
+        topology=topology,
+        at=topology.coordinates(rank),
+        rank=rank,
+        device=device,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        replica=_new_group_of(rank, [topology.replica_ranks(dp) for dp in range(topology.dp)]),
+        context=_context_groups(topology, rank, factor),
+    )
+
+
+def destroy() -> None:
+    """Forget Megatron's groups, so that another layout can be built in this process."""
+    parallel_state.destroy_model_parallel()
+
+
+def _new_group_of(rank: int, partition: list[list[int]]) -> dist.ProcessGroup:
+    """The group of `partition` that holds `rank`; every rank creates every group, in the same order."""
+    mine: dist.ProcessGroup | None = None
+    for ranks in partition:
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            mine = group
+    assert mine is not None, f"rank {rank} is in no group of {partition}"
+    return mine
+
+
+def _context_groups(topology: Topology, rank: int, factor: int) -> ContextGroups:
+    ulysses: list[list[int]] = []
+    ring: list[list[int]] = []
+    rings = topology.cp // factor
+    for pp in range(topology.pp):
+        for dp in range(topology.dp):
+            for tp in range(topology.tp):
+                ranks = [topology.rank(Coordinates(tp=tp, cp=cp, dp=dp, pp=pp)) for cp in range(topology.cp)]
+                ulysses += [ranks[r * factor : (r + 1) * factor] for r in range(rings)]
+                ring += [ranks[u::factor] for u in range(factor)]
+    cp = topology.coordinates(rank).cp
+    return ContextGroups(
+        ulysses=_new_group_of(rank, ulysses),
+        ring=_new_group_of(rank, ring),
+        ulysses_size=factor,
+        ring_size=rings,
+        ulysses_rank=cp % factor,
+        ring_rank=cp // factor,
+    )

@@ -1,0 +1,131 @@
+"""Held-out loss: fixed clips, noise and times, so that two checkpoints differ only by their weights.
+
+Every clip is measured at the middle of each of B equal bins of t with its own fixed noise; clips are dealt out over the replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from megasora.config.schema import RunConfig
+from megasora.data.captions import training_caption
+from megasora.data.decode import DecodeError, Decoder
+from megasora.data.plan import PlannedClip, request_of
+from megasora.diffusion.patchify import patchify
+from megasora.diffusion.philox import Stream, key_of
+from megasora.models.encoders.bundle import Encoders
+from megasora.models.mmdit.schedule import MicroBatch, run_schedule
+from megasora.parallel.groups import ParallelContext
+from megasora.parallel.pack import Pack, PackSplit, SampleShape
+from megasora.training.microbatch import TrainingSample, build_microbatch, velocity_loss
+
+EVAL_SEED = 20_250_312
+"""Fixed, so that every run of a model measures the same noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A held-out clip, encoded."""
+
+    clip: PlannedClip
+    tokens: torch.Tensor
+    text: torch.Tensor
+    vec: torch.Tensor
+
+
+class Evaluator:
+    """Encodes the held-out clips once and measures the loss when asked.
+
+    Args:
+        clips: held-out clips that fit the model.
+        config, context, encoders, decoder: the run's.
+        dtype: activations of the model.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[PlannedClip],
+        *,
+        config: RunConfig,
+        context: ParallelContext,
+        encoders: Encoders,
+        decoder: Decoder,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.context, self.dtype = config, context, dtype
+        self.held_out: list[HeldOut] = []
+        self.failed: list[tuple[str, str]] = []
+        for clip in clips:
+            try:
+                self.held_out.append(_encode(clip, config=config, encoders=encoders, decoder=decoder))
+            except DecodeError as error:
+                self.failed.append((clip.clip.id, str(error)))
+
+    def measure(self, chunks: Sequence[nn.Module], megatron_config: TransformerConfig) -> dict[str, float]:
+        """Mean loss by time bin (keys are the bins' middles), the same on every rank; all ranks call it together."""
+        bins = self.config.evaluation.num_timestep_bins
+        topology, at = self.context.topology, self.context.at
+        result: dict[str, float] = {}
+        for number in range(bins):
+            t = (number + 0.5) / bins
+            own = self.held_out[at.dp :: topology.dp]
+            count = -(-len(self.held_out) // topology.dp)
+            group = topology.pp if topology.vp else 1
+            count = -(-count // group) * group
+            batches = [self._microbatch(own[m] if m < len(own) else None, t=t) for m in range(count)]
+            with torch.no_grad():
+                reports = run_schedule(
+                    chunks,
+                    batches,
+                    config=megatron_config,
+                    context=self.context,
+                    loss_function=lambda output, batch: velocity_loss(output, batch, context_rank=at.cp),
+                    forward_only=True,
+                )
+            total = torch.stack(reports).sum().double() if reports else torch.zeros((), dtype=torch.float64, device=self.context.device)
+            dist.all_reduce(total)
+            result[f"{t:.2f}"] = float(total) / len(self.held_out)
+        return result
+
+    def _microbatch(self, held_out: HeldOut | None, *, t: float) -> MicroBatch:
+        real = held_out or self.held_out[0]
+        at, topology = self.context.at, self.context.topology
+        number = self.held_out.index(real)
+        cond = torch.zeros(len(real.tokens), self.config.model.cond_channels) if self.config.model.cond_embed else None
+        sample = TrainingSample(
+            tokens=real.tokens,
+            text=real.text,
+            vec=real.vec,
+            cond=cond,
+            t=t,
+            noise_key=key_of(seed=EVAL_SEED, stream=Stream.EVAL, sample=number),
+            weight=1.0 if held_out is not None else 0.0,
+        )
+        pack = Pack(
+            [SampleShape(text_tokens=real.clip.text_tokens, grid=real.clip.grid)],
+            split=PackSplit(tp=topology.tp, cp=topology.cp),
+            tp_rank=at.tp,
+            cp_rank=at.cp,
+            device=self.context.device,
+        )
+        return build_microbatch(
+            pack,
+            [sample],
+            sigma_min=self.config.flow.sigma_min,
+            dtype=self.dtype,
+            first_stage=at.pp == 0,
+            last_stage=at.pp == topology.pp - 1,
+        )
+
+
+def _encode(clip: PlannedClip, *, config: RunConfig, encoders: Encoders, decoder: Decoder) -> HeldOut:
+    latent = encoders.vae.encode(decoder.decode(request_of(clip)))
+    caption = training_caption(clip.clip.text, fps=clip.fps, motion_score=clip.clip.motion_score)
+    text, vec = encoders.encode_text([caption], max_tokens=clip.text_tokens)
+    return HeldOut(clip=clip, tokens=patchify(latent, patch=config.model.patch_size), text=text[0], vec=vec[0])

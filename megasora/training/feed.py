@@ -1,0 +1,272 @@
+"""From a step's plan to this rank's micro-batches: decode and encode a share of the replica's clips, exchange, draw, slice.
+
+Within one replica (TP x CP x PP ranks) whole clips are dealt out to the ranks, each decodes and encodes only its own, and one all-gather
+gives every rank all latents and texts; nothing is encoded twice. A clip that fails travels as a zero flag in the same message, so all ranks
+agree about it before the step starts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megasora.config.schema import RunConfig
+from megasora.data.captions import training_caption
+from megasora.data.decode import DecodeError, Decoder, DecodeRequest
+from megasora.data.loader import ClipLoader
+from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, next_step, request_of
+from megasora.diffusion.conditions import condition_latent, draw_kind, given_frames
+from megasora.diffusion.flow import shift_of, training_time
+from megasora.diffusion.patchify import patchify
+from megasora.diffusion.philox import Stream, key_of, normal, uniform
+from megasora.models.encoders.bundle import Encoders
+from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
+from megasora.models.mmdit.schedule import MicroBatch
+from megasora.parallel.groups import ParallelContext
+from megasora.parallel.pack import Pack, PackSplit, SampleShape
+from megasora.training.microbatch import TrainingSample, build_microbatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """One step's micro-batches on this rank, and what is known about them."""
+
+    batches: list[MicroBatch]
+    plan: StepPlan
+    tokens: int
+    """Real tokens of the whole step, text and video, over all replicas."""
+    flops_tokens: tuple[int, ...]
+    """Tokens of every sample of the step (for FLOP counts)."""
+    skipped: tuple[tuple[str, str], ...]
+    """(clip id, reason) of this rank's own clips that failed."""
+    wait_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    step: int
+    plan: StepPlan
+    packs: list[tuple[int, ...]]
+    """This replica's packs, as places within the step."""
+    own: list[int]
+    """Places this rank decodes and encodes."""
+
+
+class Feeder:
+    """Yields `StepBatch`es from a sampler state on.
+
+    Args:
+        clips: planned clips, the same on every rank.
+        config: the run.
+        context: this rank's groups.
+        encoders: autoencoder and text encoders.
+        decoder: the run's decoder.
+        state: where the sampler stands.
+        first_step: 0-based number of the next step.
+        last_step: where to stop.
+        dtype: activations of the model.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[PlannedClip],
+        *,
+        config: RunConfig,
+        context: ParallelContext,
+        encoders: Encoders,
+        decoder: Decoder,
+        state: SamplerState,
+        first_step: int,
+        last_step: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.clips, self.config, self.context, self.encoders, self.dtype = clips, config, context, encoders, dtype
+        self._tokens = [clip.tokens for clip in clips]
+        self._planned: deque[_Planned] = deque()
+        self._null = encoders.encode_text([""], max_tokens=config.data.text_tokens)
+        self._weights = {field.name: float(getattr(config.condition, field.name)) for field in fields(config.condition)}
+        self._split = PackSplit(tp=context.topology.tp, cp=context.topology.cp, row_multiple=FP8_ROW_MULTIPLE[config.precision.fp8])
+        self._loader = ClipLoader(
+            self._requests(state, first_step, last_step),
+            decoder=decoder,
+            workers=config.data.decode_workers,
+            ahead=config.data.prefetch_steps,
+        )
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Steps until last_step."""
+        for loaded in self._loader:
+            planned = self._planned.popleft()
+            encoded: dict[int, dict[str, Tensor]] = {}
+            skipped: list[tuple[str, str]] = []
+            for place, clip in zip(planned.own, loaded.clips, strict=True):
+                if isinstance(clip, DecodeError):
+                    skipped.append((self.clips[planned.plan.samples[place]].clip.id, str(clip)))
+                else:
+                    encoded[place] = self._encode(planned, place, clip)
+            everything = self._exchange(planned, encoded)
+            yield StepBatch(
+                batches=[self._microbatch(planned, pack, everything) for pack in planned.packs],
+                plan=planned.plan,
+                tokens=sum(self._tokens[sample] for sample in planned.plan.samples),
+                flops_tokens=tuple(self._tokens[sample] for sample in planned.plan.samples),
+                skipped=tuple(skipped),
+                wait_s=loaded.wait_s,
+            )
+
+    def close(self) -> None:
+        """Stop decoding ahead."""
+        self._loader.close()
+
+    def _requests(self, state: SamplerState, first_step: int, last_step: int) -> Iterator[list[DecodeRequest]]:
+        data, topology = self.config.data, self.context.topology
+        ranks = dist.get_process_group_ranks(self.context.replica)
+        for step in range(first_step, last_step):
+            plan = next_step(self._tokens, state, seed=self.config.train.seed, global_tokens=data.global_tokens)
+            state = plan.state_after
+            packs = assign_packs(
+                [self._tokens[sample] for sample in plan.samples],
+                data_parallel_size=topology.dp,
+                num_microbatches=data.num_microbatches,
+                hidden_size=self.config.model.hidden_size,
+            )[self.context.at.dp]
+            places = sorted(place for pack in packs for place in pack)
+            own = places[ranks.index(self.context.rank) :: len(ranks)]
+            self._planned.append(_Planned(step=step, plan=plan, packs=packs, own=own))
+            yield [request_of(self.clips[plan.samples[place]]) for place in own]
+
+    def _key(self, planned: _Planned, place: int, stream: Stream) -> int:
+        sample = planned.plan.samples[place]
+        return key_of(seed=self.config.train.seed, stream=stream, epoch=planned.plan.epoch, sample=sample, step=planned.step)
+
+    def _encode(self, planned: _Planned, place: int, video: Tensor) -> dict[str, Tensor]:
+        """Latent, condition and text of one clip this rank owns."""
+        clip = self.clips[planned.plan.samples[place]]
+        patch = self.config.model.patch_size
+        latent = self.encoders.vae.encode(video)
+        result = {"tokens": patchify(latent, patch=patch)}
+        if self.config.model.cond_embed:
+            kind = draw_kind(self._weights, num_frames=clip.num_frames, uniform=uniform(key=self._key(planned, place, Stream.CONDITION)))
+            given = [
+                (run, self.encoders.vae.encode(video[:, run.start : run.start + run.count]))
+                for run in given_frames(kind, num_frames=clip.num_frames, temporal_compression=self.config.encoders.temporal_compression)
+            ]
+            channels, frames, height, width = latent.shape
+            result["cond"] = patchify(condition_latent((channels, frames, height, width), given), patch=patch)
+        caption = training_caption(clip.clip.text, fps=clip.fps, motion_score=clip.clip.motion_score)
+        text, vec = self.encoders.encode_text([caption], max_tokens=clip.text_tokens)
+        data = self.config.data
+        drop_t5 = uniform(key=self._key(planned, place, Stream.DROPOUT_T5)) < data.dropout_t5
+        drop_clip = uniform(key=self._key(planned, place, Stream.DROPOUT_CLIP)) < data.dropout_clip
+        result["text"] = (self._null[0] if drop_t5 else text)[0]
+        result["vec"] = (self._null[1] if drop_clip else vec)[0]
+        return result
+
+    def _shapes(self, clip: PlannedClip) -> dict[str, tuple[int, ...]]:
+        """Shapes of what travels for a clip, in order."""
+        model = self.config.model
+        video = clip.tokens - clip.text_tokens
+        shapes: dict[str, tuple[int, ...]] = {"ok": (1,), "tokens": (video, model.in_channels)}
+        if model.cond_embed:
+            shapes["cond"] = (video, model.cond_channels)
+        return {**shapes, "text": (clip.text_tokens, model.text_dim), "vec": (model.vec_dim,)}
+
+    def _exchange(self, planned: _Planned, encoded: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """All clips of the replica on every rank of it; one all-gather of equal, padded buffers."""
+        size = self.context.replica.size()
+        places = sorted(place for pack in planned.packs for place in pack)
+        owners = [places[rank::size] for rank in range(size)]
+        shapes = {place: self._shapes(self.clips[planned.plan.samples[place]]) for place in places}
+        lengths = {place: sum(torch.Size(shape).numel() for shape in parts.values()) for place, parts in shapes.items()}
+        longest = max(sum(lengths[place] for place in own) for own in owners)
+        buffer = torch.zeros(longest, device=self.context.device)
+        _write(buffer, planned.own, lengths, shapes, encoded)
+        gathered = torch.empty(size * longest, device=self.context.device)
+        if size > 1:
+            dist.all_gather_into_tensor(gathered, buffer, group=self.context.replica)
+        else:
+            gathered = buffer
+        everything: dict[int, dict[str, Tensor]] = {}
+        for rank, own in enumerate(owners):
+            position = rank * longest
+            for place in own:
+                flat = gathered[position : position + lengths[place]]
+                sizes = [torch.Size(shape).numel() for shape in shapes[place].values()]
+                parts = flat.split(sizes)
+                everything[place] = {name: part.view(shape) for (name, shape), part in zip(shapes[place].items(), parts, strict=True)}
+                position += lengths[place]
+        return everything
+
+    def _microbatch(self, planned: _Planned, pack: tuple[int, ...], everything: dict[int, dict[str, Tensor]]) -> MicroBatch:
+        samples = [self._sample(planned, place, everything[place]) for place in pack] or [self._filler()]
+        clips = [self.clips[planned.plan.samples[place]] for place in pack] or [self._smallest]
+        at, topology = self.context.at, self.context.topology
+        return build_microbatch(
+            Pack(
+                [SampleShape(text_tokens=clip.text_tokens, grid=clip.grid) for clip in clips],
+                split=self._split,
+                tp_rank=at.tp,
+                cp_rank=at.cp,
+                device=self.context.device,
+            ),
+            samples,
+            sigma_min=self.config.flow.sigma_min,
+            dtype=self.dtype,
+            first_stage=at.pp == 0,
+            last_stage=at.pp == topology.pp - 1,
+        )
+
+    def _sample(self, planned: _Planned, place: int, parts: dict[str, Tensor]) -> TrainingSample:
+        clip = self.clips[planned.plan.samples[place]]
+        flow, patch = self.config.flow, self.config.model.patch_size
+        frames, height, width = clip.grid
+        shift = shift_of((frames, height * patch, width * patch), points=flow.shift_points, temporal=flow.temporal_shift)
+        return TrainingSample(
+            tokens=parts["tokens"],
+            text=parts["text"],
+            vec=parts["vec"],
+            cond=parts.get("cond"),
+            t=training_time(normal(key=self._key(planned, place, Stream.TIMESTEP)), shift=shift),
+            noise_key=self._key(planned, place, Stream.NOISE),
+            weight=float(parts["ok"]),
+        )
+
+    @property
+    def _smallest(self) -> PlannedClip:
+        return min(self.clips, key=lambda clip: clip.tokens)
+
+    def _filler(self) -> TrainingSample:
+        """A sample of weight 0 for a pack that got none (a step with fewer samples than packs)."""
+        shapes = self._shapes(self._smallest)
+        zeros = {name: torch.zeros(shape, device=self.context.device) for name, shape in shapes.items()}
+        return TrainingSample(
+            tokens=zeros["tokens"],
+            text=zeros["text"],
+            vec=zeros["vec"],
+            cond=zeros.get("cond"),
+            t=0.5,
+            noise_key=0,
+            weight=0.0,
+        )
+
+
+def _write(
+    buffer: Tensor,
+    own: list[int],
+    lengths: dict[int, int],
+    shapes: dict[int, dict[str, tuple[int, ...]]],
+    encoded: dict[int, dict[str, Tensor]],
+) -> None:
+    """Lay this rank's clips into its buffer; a clip that failed stays all zeros, flag included."""
+    position = 0
+    for place in own:
+        if place in encoded:
+            parts = {"ok": torch.ones(1, device=buffer.device), **encoded[place]}
+            flat = torch.cat([parts[name].reshape(-1).to(buffer) for name in shapes[place]])
+            buffer[position : position + lengths[place]] = flat
+        position += lengths[place]

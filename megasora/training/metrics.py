@@ -1,0 +1,145 @@
+"""What a run reports: one JSON object per step in metrics.jsonl, the same scalars in TensorBoard, one line for the person at 3 a.m."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step."""
+
+    step: int
+    """1-based number of the step."""
+    loss: float
+    grad_norm: float
+    lr: float
+    samples: int
+    tokens: int
+    step_time_s: float
+    tokens_per_s: float
+    tflops_per_gpu: float
+    mfu: float | None
+    data_wait_s: float
+    """Longest wait of any rank for its clips."""
+    peak_memory_bytes: int
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """checkpoint, skip, restart, eval, ... with their facts."""
+
+    def line(self) -> str:
+        """For the log."""
+        mfu = "" if self.mfu is None else f" mfu {self.mfu:.1%}"
+        events = "".join(f" [{event['event']}]" for event in self.events)
+        return (
+            f"step {self.step:>6}  loss {self.loss:.4f}  grad {self.grad_norm:.3f}  lr {self.lr:.2e}  {self.tokens_per_s:,.0f} tokens/s"
+            f"{mfu}  {self.peak_memory_bytes / 2**30:.2f} GiB  wait {self.data_wait_s:.2f} s{events}"
+        )
+
+
+class MetricsLog:
+    """Writer of a run's metrics; does nothing on ranks other than 0.
+
+    Args:
+        run_dir: folder of the run.
+        active: whether this rank writes.
+        total_steps: for the progress bar.
+        first_step: steps done before.
+        interval_steps: steps between log lines.
+        tensorboard: also write TensorBoard events.
+    """
+
+    def __init__(self, run_dir: Path, *, active: bool, total_steps: int, first_step: int, interval_steps: int, tensorboard: bool) -> None:
+        self.active = active
+        self.interval_steps = interval_steps
+        if not active:
+            return
+        trim(run_dir / "metrics.jsonl", last_step=first_step)
+        self._file = (run_dir / "metrics.jsonl").open("a")
+        self._writer = _summary_writer(run_dir / "tensorboard", purge_step=first_step + 1) if tensorboard else None
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=Console(stderr=True),
+            disable=not Console(stderr=True).is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, loss="")
+
+    def __enter__(self) -> MetricsLog:
+        if self.active:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.active:
+            self._progress.stop()
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Record a step."""
+        if not self.active:
+            return
+        values = {name: _finite(getattr(metrics, name)) for name in metrics.__dataclass_fields__}
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                if name not in ("step", "events") and value is not None:
+                    self._writer.add_scalar(f"train/{name}", value, metrics.step)
+            for event in metrics.events:
+                if event["event"] == "eval":
+                    for name, value in event["loss_by_t"].items():
+                        self._writer.add_scalar(f"eval/loss_t{name}", value, metrics.step)
+                    self._writer.add_scalar("eval/loss", event["loss"], metrics.step)
+        self._progress.update(self._task, completed=metrics.step, loss=f"loss {metrics.loss:.4f}")
+        if metrics.step % self.interval_steps == 0:
+            self._progress.console.print(metrics.line(), highlight=False, markup=False, soft_wrap=True)
+
+    def add_video(self, name: str, video: Any, *, step: int, fps: float) -> None:
+        """Show a clip [3, T, H, W] in [-1, 1] in TensorBoard, as a row of frames."""
+        if self.active and self._writer is not None:
+            frames = video.clamp(-1, 1).add(1).div(2)
+            strip = frames[:, :: max(1, frames.shape[1] // 6)].permute(1, 0, 2, 3)
+            self._writer.add_images(name, strip.float().cpu(), step)
+
+    def say(self, text: str) -> None:
+        """A line for the log on rank 0."""
+        if self.active:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a value that is not finite is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _summary_writer(folder: Path, *, purge_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def trim(path: Path, *, last_step: int) -> None:
+    """Drop lines after `last_step` and a half-written last line, so that a resumed run has one line per step."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(line + "\n" for line in kept))

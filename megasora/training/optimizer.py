@@ -1,0 +1,150 @@
+"""Adam on Megatron's distributed optimizer (ZeRO-1), its schedule, and the moving average of the fp32 weights.
+
+Everything that reaches into the distributed optimizer's maps is here: which flat run of which parameter this rank owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megasora.config.schema import OptimizerConfig, ParallelConfig
+from megasora.models.mmdit.model import MMDiT
+from megasora.parallel.groups import ParallelContext
+
+
+def wrap_for_training(
+    chunks: Sequence[MMDiT], *, config: TransformerConfig, parallel: ParallelConfig, context: ParallelContext
+) -> list[DistributedDataParallel]:
+    """Wrap the chunks in Megatron's DDP with fp32 gradient reduction and hook up the gradient finaliser."""
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=context.pg_collection)
+        for number, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    if parallel.overlap_grad_reduce and len(wrapped) > 1:
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
+    if parallel.overlap_param_gather and len(wrapped) > 1:
+        config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
+    return wrapped
+
+
+def build_optimizer(
+    wrapped: Sequence[DistributedDataParallel], *, optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> MegatronOptimizer:
+    """Megatron's distributed Adam over the wrapped chunks."""
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            clip_grad=optimizer.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+            overlap_param_gather=parallel.overlap_param_gather,
+        ),
+        list(wrapped),
+    )
+
+
+def learning_rate(step: int, *, config: OptimizerConfig) -> float:
+    """Rate of the step with this 0-based number: linear warm-up, then the last milestone reached."""
+    rate = config.lr
+    for milestone, value in config.lr_milestones:
+        if step >= milestone:
+            rate = value
+    return rate * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnedShard:
+    """The flat run of one local parameter whose optimizer state this rank holds."""
+
+    parameter: Tensor
+    """The local parameter."""
+    start: int
+    stop: int
+    """Elements [start, stop) of the flattened parameter."""
+    master: Tensor
+    """fp32 master weights of the run (for an fp32 model a view of the parameter)."""
+    state: dict[str, Tensor]
+    """Adam's exp_avg, exp_avg_sq and step of the run; filled by `ensure_adam_state` or the first step."""
+
+
+def owned_shards(optimizer: MegatronOptimizer) -> Iterator[OwnedShard]:
+    """This rank's shards, in the order of the gradient buffers (the same at every call)."""
+    for inner in _distributed(optimizer):
+        for buffer in inner.buffers:
+            for parameter in buffer.param_index_map:
+                if parameter not in inner.model_param_group_index_map:
+                    continue
+                group, order = inner.model_param_group_index_map[parameter]
+                master = inner.optimizer.param_groups[group]["params"][order]
+                run = inner._get_model_param_range_map(parameter)["param"]
+                yield OwnedShard(parameter=parameter, start=run.start, stop=run.end, master=master, state=inner.optimizer.state[master])
+
+
+def ensure_adam_state(optimizer: MegatronOptimizer, *, step: int) -> None:
+    """Give every shard its own Adam state at `step` (torch's Adam after a load must not share one step tensor)."""
+    for shard in owned_shards(optimizer):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in shard.state:
+                shard.state[name] = torch.zeros_like(shard.master)
+        shard.state["step"] = torch.tensor(float(step))
+
+
+def refresh_masters(optimizer: MegatronOptimizer) -> None:
+    """Copy freshly written parameters into the master shards (after initialising or importing weights)."""
+    for shard in owned_shards(optimizer):
+        shard.master.data.copy_(shard.parameter.detach().view(-1)[shard.start : shard.stop])
+
+
+def _distributed(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        assert isinstance(inner, DistributedOptimizer), f"ZeRO-1 is always on, got {type(inner).__name__}"
+        yield inner
+
+
+class EMA:
+    """Exponential moving average of the fp32 master shards; it lives beside the optimizer, sharded like it.
+
+    Args:
+        optimizer: whose masters are averaged.
+        decay: weight of the past per step.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer, *, decay: float) -> None:
+        self.decay = decay
+        self.shards = list(owned_shards(optimizer))
+        self.averages = [shard.master.detach().float().clone() for shard in self.shards]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move every average toward its weights by 1 - decay."""
+        if self.averages:
+            torch._foreach_lerp_(self.averages, [shard.master.detach() for shard in self.shards], 1 - self.decay)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start again from the current weights."""
+        for average, shard in zip(self.averages, self.shards, strict=True):
+            average.copy_(shard.master.detach())

@@ -1,0 +1,435 @@
+"""`megasora train`: from a config to a trained run, resuming by itself when the run folder holds a good checkpoint.
+
+The run folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/step_00000010/ and the tracker checkpoints/latest.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer import TransformerConfig
+
+from megasora.checkpoint import store
+from megasora.checkpoint.source import open_source
+from megasora.config.errors import UserError
+from megasora.config.io import save_yaml, to_dict
+from megasora.config.schema import RunConfig
+from megasora.config.validate import raise_on_problems
+from megasora.data.decode import open_decoder
+from megasora.data.manifest import Manifest, read_manifest
+from megasora.data.plan import PlannedClip, SamplerState, plan_clips
+from megasora.models.encoders.bundle import Encoders, load_encoders
+from megasora.models.mmdit.build import build_chunks
+from megasora.models.mmdit.initialization import initialize_weights
+from megasora.models.mmdit.model import MMDiT
+from megasora.models.mmdit.schedule import run_schedule
+from megasora.models.mmdit.sharded_state import model_tensors
+from megasora.models.mmdit.weights import fill_parameters
+from megasora.parallel import groups
+from megasora.parallel.groups import ParallelContext
+from megasora.perf.flops import training_flops
+from megasora.perf.peaks import peak_bf16_tflops
+from megasora.training.assets import with_assets
+from megasora.training.evaluation import Evaluator
+from megasora.training.feed import Feeder, StepBatch
+from megasora.training.metrics import MetricsLog, StepMetrics
+from megasora.training.microbatch import velocity_loss
+from megasora.training.optimizer import EMA, build_optimizer, ensure_adam_state, learning_rate, refresh_masters, wrap_for_training
+from megasora.training.state import optimizer_tensors
+
+
+class TrainingFailedError(UserError):
+    """Training cannot go on; the last checkpoint is good."""
+
+
+@dataclass
+class Trainee:
+    """Everything that changes while training."""
+
+    chunks: list[MMDiT]
+    wrapped: list[DistributedDataParallel]
+    megatron_config: TransformerConfig
+    optimizer: MegatronOptimizer
+    ema: EMA | None
+    step: int = 0
+    """Optimizer steps done."""
+    sampler: SamplerState = field(default_factory=SamplerState)
+    samples_seen: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What all ranks know after a step."""
+
+    loss: float
+    grad_norm: float
+    counted: int
+    stop: bool
+    wait_s: float
+    skipped: list[tuple[str, str]]
+
+
+class StopRequest:
+    """Remembers SIGTERM or SIGUSR1 (SLURM's warnings): the loop saves and ends after the running step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+def train(config: RunConfig) -> None:
+    """Train a run to its last step.
+
+    Raises:
+        UserError: the settings, files or machine do not allow it; says the cure.
+    """
+    if config.encoders.spatial_compression == 32:
+        raise UserError(
+            f"recipe {config.recipe} needs the video DC-AE (dc-ae-f32t4c128), which this version does not have; "
+            "it can be shown, validated and counted, train another recipe"
+        )
+    device = groups.choose_device(config.device)
+    groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
+    config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
+    raise_on_problems(config, world_size=dist.get_world_size())
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    context = groups.initialize(config.parallel, device=device, num_attention_heads=config.model.num_attention_heads, seed=config.init.seed)
+    run_dir = Path(config.run_dir or f"runs/{config.recipe}").absolute()
+    if context.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    config = with_assets(replace(config, run_dir=str(run_dir)), folder=run_dir / "assets")
+    if context.rank == 0:
+        save_yaml(config, run_dir / "config.yaml")
+    _run(config, context=context, run_dir=run_dir)
+
+
+def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path) -> None:
+    manifest = read_manifest(str(config.data.manifest))
+    clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
+    encoders = load_encoders(config.encoders, model=config.model, device=context.device)
+    trainee = build_trainee(config, context=context)
+    root = run_dir / "checkpoints"
+    resumed = _resume(trainee, root, config=config, context=context, manifest=manifest)
+    events: list[dict[str, Any]] = [resumed] if resumed else []
+    if not resumed:
+        events += _initialize(trainee, config=config, context=context)
+    events += [{"event": "unfit", "row": row.row, "reason": row.reason} for row in (*manifest.skipped, *unfit)]
+    evaluator = _evaluator(config, context=context, encoders=encoders, dtype=trainee.megatron_config.params_dtype)
+    log = MetricsLog(
+        run_dir,
+        active=context.rank == 0,
+        total_steps=config.train.steps,
+        first_step=trainee.step,
+        interval_steps=config.train.log_interval_steps,
+        tensorboard=config.train.tensorboard,
+    )
+    with log:
+        _greet(log, config, context=context, clips=clips, events=events, done=trainee.step)
+        _loop(trainee, config=config, context=context, clips=clips, encoders=encoders, evaluator=evaluator, log=log, events=events,
+              root=root, manifest=manifest)  # fmt: skip
+
+
+def build_trainee(config: RunConfig, *, context: ParallelContext) -> Trainee:
+    """Model chunks, DDP, optimizer and EMA of this rank; weights are not set yet."""
+    chunks, megatron_config = build_chunks(config.model, config.parallel, config.precision, context=context)
+    wrapped = wrap_for_training(chunks, config=megatron_config, parallel=config.parallel, context=context)
+    optimizer = build_optimizer(wrapped, optimizer=config.optimizer, parallel=config.parallel, dtype=megatron_config.params_dtype)
+    ema = EMA(optimizer, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay > 0 else None
+    return Trainee(chunks=chunks, wrapped=wrapped, megatron_config=megatron_config, optimizer=optimizer, ema=ema)
+
+
+def _initialize(trainee: Trainee, *, config: RunConfig, context: ParallelContext) -> list[dict[str, Any]]:
+    initialize_weights(trainee.chunks, model=config.model, context=context, seed=config.init.seed)
+    events: list[dict[str, Any]] = []
+    if config.init.weights is not None:
+        source = open_source(Path(config.init.weights), axes_dim=config.model.axes_dim)
+        notes = source.fits(config.model)
+        fill_parameters(trainee.chunks, source.read, known=source.shapes, model=config.model, context=context)
+        events.append({"event": "init", "weights": config.init.weights, "notes": notes})
+    refresh_masters(trainee.optimizer)
+    ensure_adam_state(trainee.optimizer, step=0)
+    if trainee.ema is not None:
+        trainee.ema.reset()
+    return events
+
+
+def _checkpoint_tensors(trainee: Trainee, *, config: RunConfig, context: ParallelContext) -> dict[str, Any]:
+    return {
+        **model_tensors(trainee.chunks, model=config.model, context=context),
+        **optimizer_tensors(trainee.chunks, trainee.optimizer, trainee.ema, model=config.model, context=context),
+    }
+
+
+def _save(trainee: Trainee, root: Path, *, config: RunConfig, context: ParallelContext, manifest: Manifest) -> dict[str, Any]:
+    """Write a checkpoint and prune old ones; returns the event."""
+    started = time.perf_counter()
+    state = {
+        "recipe": config.recipe,
+        "model": to_dict(config.model),
+        "parallel": to_dict(config.parallel),
+        "sampler": asdict(trainee.sampler),
+        "samples_seen": trainee.samples_seen,
+        "seed": config.train.seed,
+        "global_tokens": config.data.global_tokens,
+        "dtype": config.precision.dtype,
+        "ema_decay": config.optimizer.ema_decay,
+        "data_sha256": manifest.sha256,
+    }
+    path = store.save(root, step=trainee.step, tensors=_checkpoint_tensors(trainee, config=config, context=context), state=state)
+    if context.rank == 0:
+        store.prune(root, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps)
+    return {"event": "checkpoint", "path": path.name, "seconds": round(time.perf_counter() - started, 3)}
+
+
+def _resume(trainee: Trainee, root: Path, *, config: RunConfig, context: ParallelContext, manifest: Manifest) -> dict[str, Any] | None:
+    """Load the newest complete checkpoint, if any; all ranks agree on which."""
+    choice: list[Any] = [None]
+    if context.rank == 0:
+        entries = store.complete_checkpoints(root)
+        choice = [(str(entries[-1].path), store.read_manifest(entries[-1].path)) if entries else None]
+    dist.broadcast_object_list(choice, src=0)
+    if choice[0] is None:
+        return None
+    folder, facts = Path(choice[0][0]), choice[0][1]
+    state = facts["state"]
+    _check_same_run(state, folder, config=config, manifest=manifest)
+    ensure_adam_state(trainee.optimizer, step=facts["step"])
+    store.load(folder, _checkpoint_tensors(trainee, config=config, context=context))
+    if trainee.megatron_config.params_dtype == torch.float32:
+        refresh_masters(trainee.optimizer)
+    ensure_adam_state(trainee.optimizer, step=facts["step"])
+    trainee.step = facts["step"]
+    trainee.sampler = SamplerState(**state["sampler"])
+    trainee.samples_seen = state["samples_seen"]
+    ignored = "; --init.weights is ignored" if config.init.weights else ""
+    return {"event": "restart", "from": folder.name, "step": trainee.step, "note": f"resumed{ignored}"}
+
+
+def _check_same_run(state: dict[str, Any], folder: Path, *, config: RunConfig, manifest: Manifest) -> None:
+    expected = {
+        "model": to_dict(config.model),
+        "seed": config.train.seed,
+        "global_tokens": config.data.global_tokens,
+        "dtype": config.precision.dtype,
+        "data_sha256": manifest.sha256,
+    }
+    for name, value in expected.items():
+        if state[name] != value:
+            was, now = _first_difference(state[name], value)
+            raise UserError(
+                f"checkpoint {folder} has another {name} ({was}) than this run ({now}); "
+                f"use the same settings, or a new --run_dir with --init.weights {folder}"
+            )
+    if (state["ema_decay"] > 0) != (config.optimizer.ema_decay > 0):
+        raise UserError(f"checkpoint {folder} {'has' if state['ema_decay'] > 0 else 'lacks'} an EMA; keep optimizer.ema_decay as it was")
+
+
+def _first_difference(was: Any, now: Any) -> tuple[str, str]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in now:
+            if was.get(key) != now[key]:
+                return f"{key}={was.get(key)}", f"{key}={now[key]}"
+    return str(was), str(now)
+
+
+def _evaluator(config: RunConfig, *, context: ParallelContext, encoders: Encoders, dtype: torch.dtype) -> Evaluator | None:
+    if not config.evaluation.interval_steps or config.data.eval_manifest is None:
+        return None
+    held_out = read_manifest(config.data.eval_manifest)
+    clips, _ = plan_clips(held_out.clips, data=config.data, encoders=config.encoders, model=config.model)
+    decoder = open_decoder(config.data.decoder, device=context.device)
+    evaluator = Evaluator(clips, config=config, context=context, encoders=encoders, decoder=decoder, dtype=dtype)
+    if not evaluator.held_out:
+        raise UserError(f"no clip of {config.data.eval_manifest} can be decoded: {evaluator.failed[0][1]}")
+    return evaluator
+
+
+def _greet(
+    log: MetricsLog,
+    config: RunConfig,
+    *,
+    context: ParallelContext,
+    clips: Sequence[PlannedClip],
+    events: list[dict[str, Any]],
+    done: int,
+) -> None:
+    topology = context.topology
+    log.say(
+        f"{config.recipe}: TP {topology.tp} x PP {topology.pp} x CP {topology.cp} x DP {topology.dp}"
+        f"{f' (VP {topology.vp})' if topology.vp else ''} on {context.world_size} {config.device} rank(s); {len(clips)} clips, "
+        f"steps {done + 1} to {config.train.steps}; {config.run_dir}"
+    )
+    for event in events:
+        log.say("  ".join(f"{name} {value}" for name, value in event.items()))
+
+
+def _loop(
+    trainee: Trainee,
+    *,
+    config: RunConfig,
+    context: ParallelContext,
+    clips: Sequence[PlannedClip],
+    encoders: Encoders,
+    evaluator: Evaluator | None,
+    log: MetricsLog,
+    events: list[dict[str, Any]],
+    root: Path,
+    manifest: Manifest,
+) -> None:
+    if trainee.step >= config.train.steps:
+        log.say(f"nothing to do: {trainee.step} of {config.train.steps} steps are done; raise --train.steps to go on")
+        return
+    stop = StopRequest()
+    feeder = Feeder(
+        clips,
+        config=config,
+        context=context,
+        encoders=encoders,
+        decoder=open_decoder(config.data.decoder, device=context.device),
+        state=trainee.sampler,
+        first_step=trainee.step,
+        last_step=config.train.steps,
+        dtype=trainee.megatron_config.params_dtype,
+    )
+    if evaluator is not None and trainee.step == 0:
+        events.append(_evaluation_event(evaluator, trainee))
+    started = time.perf_counter()
+    try:
+        for batch in feeder:
+            result = train_step(trainee, batch, config=config, context=context, stop=stop.asked)
+            events += [{"event": "skip", "clip": clip, "reason": reason} for clip, reason in result.skipped]
+            last = trainee.step == config.train.steps or result.stop
+            interval = config.checkpoint.interval_steps
+            if evaluator is not None and (last or trainee.step % config.evaluation.interval_steps == 0):
+                events.append(_evaluation_event(evaluator, trainee))
+            if last or (interval and trainee.step % interval == 0):
+                events.append(_save(trainee, root, config=config, context=context, manifest=manifest))
+            if result.stop:
+                events.append({"event": "stop", "reason": "SIGTERM or SIGUSR1"})
+            now = time.perf_counter()
+            log.write(_metrics(trainee, batch, result, config=config, context=context, seconds=now - started, events=events))
+            events = []
+            started = now
+            if result.stop:
+                log.say(f"stopped at step {trainee.step} as asked; the same command goes on from here")
+                return
+    finally:
+        feeder.close()
+
+
+def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context: ParallelContext, stop: bool) -> StepResult:
+    """One optimizer step on all ranks.
+
+    Raises:
+        TrainingFailedError: the loss is not finite; nothing was changed.
+    """
+    for chunk in trainee.wrapped:
+        chunk.zero_grad_buffer()
+    trainee.optimizer.zero_grad()
+    reports = run_schedule(
+        trainee.wrapped,
+        batch.batches,
+        config=trainee.megatron_config,
+        context=context,
+        loss_function=lambda output, micro: velocity_loss(output, micro, context_rank=context.at.cp),
+    )
+    loss, counted, num_skipped, asked, wait_s = _agree(reports, batch, context=context, stop=stop)
+    skipped = _gather_skips(batch, context) if num_skipped else []
+    if counted and not math.isfinite(loss):
+        raise TrainingFailedError(
+            f"loss is {loss} at step {trainee.step + 1}; the last checkpoint is good: lower --optimizer.lr and run the same command again"
+        )
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = learning_rate(trainee.step, config=config.optimizer)
+    grad_norm = 0.0
+    if counted:
+        _, norm, _ = trainee.optimizer.step()
+        grad_norm = float(norm)
+        if trainee.ema is not None:
+            trainee.ema.update()
+    trainee.step += 1
+    trainee.sampler = batch.plan.state_after
+    trainee.samples_seen += counted
+    return StepResult(loss=loss, grad_norm=grad_norm, counted=counted, stop=asked, wait_s=wait_s, skipped=skipped)
+
+
+def _agree(reports: list[torch.Tensor], batch: StepBatch, *, context: ParallelContext, stop: bool) -> tuple[float, int, int, bool, float]:
+    """(mean loss, counted samples, failed clips, whether to stop, longest wait), the same on every rank."""
+    at = context.at
+    loss_sum = float(torch.stack(reports).double().sum()) if reports else 0.0
+    counts_here = at.tp == 0 and at.cp == 0 and at.pp == 0
+    counted = sum(micro.num_counted for micro in batch.batches) if counts_here else 0
+    facts = torch.tensor([loss_sum, counted, len(batch.skipped), float(stop)], dtype=torch.float64, device=context.device)
+    dist.all_reduce(facts)
+    wait = torch.tensor([batch.wait_s], dtype=torch.float64, device=context.device)
+    dist.all_reduce(wait, op=dist.ReduceOp.MAX)
+    total, count, failed, asked = facts.tolist()
+    return (total / count if count else math.nan), int(count), int(failed), asked > 0, float(wait)
+
+
+def _gather_skips(batch: StepBatch, context: ParallelContext) -> list[tuple[str, str]]:
+    """(clip, reason) of all ranks; only called when some rank failed a clip, which all know."""
+    gathered: list[Any] = [None] * context.world_size
+    dist.all_gather_object(gathered, batch.skipped)
+    return [skip for part in gathered for skip in part]
+
+
+def _evaluation_event(evaluator: Evaluator, trainee: Trainee) -> dict[str, Any]:
+    by_t = evaluator.measure(trainee.chunks, trainee.megatron_config)
+    return {
+        "event": "eval",
+        "step": trainee.step,
+        "loss": sum(by_t.values()) / len(by_t),
+        "loss_by_t": by_t,
+        "clips": len(evaluator.held_out),
+    }
+
+
+def _metrics(
+    trainee: Trainee,
+    batch: StepBatch,
+    result: StepResult,
+    *,
+    config: RunConfig,
+    context: ParallelContext,
+    seconds: float,
+    events: list[dict[str, Any]],
+) -> StepMetrics:
+    flops = training_flops(batch.flops_tokens, hidden_size=config.model.hidden_size, num_blocks=config.model.num_blocks)
+    tflops = flops / seconds / context.world_size / 1e12
+    on_gpu = context.device.type == "cuda"
+    peak = peak_bf16_tflops(torch.cuda.get_device_name()) if on_gpu else None
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return StepMetrics(
+        step=trainee.step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lr=learning_rate(trainee.step - 1, config=config.optimizer),
+        samples=result.counted,
+        tokens=batch.tokens,
+        step_time_s=seconds,
+        tokens_per_s=batch.tokens / seconds,
+        tflops_per_gpu=tflops,
+        mfu=tflops / peak if peak else None,
+        data_wait_s=result.wait_s,
+        peak_memory_bytes=memory,
+        events=events,
+    )

@@ -1,0 +1,60 @@
+"""Installs megasora. Exact pins that are known to work together stand in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+CORE = [
+    "torch>=2.11,<2.14",
+    "megatron-core==0.16.1",
+    "psutil",  # megatron's dist_checkpointing imports it without declaring it
+    "numpy>=2",
+    "einops",
+    "jaxtyping",
+    "safetensors",
+    "transformers>=5",
+    "diffusers>=0.36",
+    "sentencepiece",
+    "protobuf",
+    "av>=16",
+    "pyarrow",
+    "tensorboard",
+    "tyro>=1",
+    "cattrs",
+    "rich",
+    "PyYAML",
+]
+DALI = ["nvidia-dali-cuda130==2.4.0"]
+EXTRAS = {
+    "data": DALI,
+    "gpu": [*DALI, "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
+    "flash": ["flash-attn==2.8.3"],
+    "dev": [
+        *DALI,
+        "pytest",
+        "pytest-timeout",
+        "hypothesis",
+        "beartype",
+        "import-linter",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+    ],
+}
+
+setup(
+    name="megasora",
+    version="0.1.0",
+    description="Megatron-style 3D-parallel training, conversion and scaling of the Open-Sora 2.0 MMDiT",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megasora", "megasora.*"]),
+    package_data={"megasora": ["py.typed"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megasora = megasora.cli:main"]},
+)

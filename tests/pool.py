@@ -1,0 +1,118 @@
+"""A persistent pool of gloo ranks: importing torch and Megatron costs seconds, so processes are started once per session.
+
+`pool.run(n, function, *args)` runs `function(rank, *args)` on ranks 0..n-1 as a world of n and returns their results in rank order.
+`function` is a module-level function of a test module; results and arguments are pickled over pipes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.multiprocessing as mp
+
+POOL_SIZE = 8
+TIMEOUT_S = 120.0
+
+
+class RankFailedError(RuntimeError):
+    """A rank raised; the message holds its traceback."""
+
+
+def _serve(rank: int, connection: Connection, paths: list[str]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path[:0] = [path for path in paths if path not in sys.path]
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    from megasora.parallel import groups
+    from megasora.parallel.cpu import enable_cpu_backend
+
+    enable_cpu_backend()
+    connection.send("ready")
+    while True:
+        job = connection.recv()
+        if job is None:
+            return
+        module, name, store, world_size, args = job
+        try:
+            for variable, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world_size)):
+                os.environ[variable] = str(value)
+            function = getattr(importlib.import_module(module), name)
+            dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+            result = function(rank, *args)
+            dist.barrier()
+            connection.send(("ok", result))
+        except BaseException:  # noqa: BLE001 - sent to the parent, which raises it
+            connection.send(("error", traceback.format_exc()))
+        finally:
+            groups.destroy()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class RankPool:
+    """Ranks that wait for jobs."""
+
+    def __init__(self, size: int = POOL_SIZE, *, timeout_s: float = TIMEOUT_S) -> None:
+        context = mp.get_context("spawn")
+        self.size = size
+        self.timeout_s = timeout_s
+        self._folder = tempfile.TemporaryDirectory(prefix="megasora-pool-")
+        self._jobs = 0
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs, list(sys.path)), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        for pipe in self._pipes:
+            assert pipe.recv() == "ready"
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: object) -> list[Any]:
+        """Results of `function(rank, *args)` on each rank.
+
+        Raises:
+            RankFailedError: a rank raised or did not answer in time; the pool cannot be used afterwards if others hang.
+        """
+        self._jobs += 1
+        store = os.path.join(self._folder.name, f"store{self._jobs}")
+        for pipe in self._pipes[:world_size]:
+            pipe.send((function.__module__, function.__qualname__, store, world_size, args))
+        results: list[Any] = []
+        failures: list[str] = []
+        for rank, pipe in enumerate(self._pipes[:world_size]):
+            if not pipe.poll(5.0 if failures else self.timeout_s):
+                failures.append(f"rank {rank} did not answer")
+                continue
+            status, value = pipe.recv()
+            if status == "ok":
+                results.append(value)
+            else:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            raise RankFailedError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        """End the ranks."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+        self._folder.cleanup()

@@ -1,0 +1,56 @@
+"""The sampler and the packs: everything once, nothing depends on the layout."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megasora.data.buckets import choose_frames, choose_size, stride_to, token_grid
+from megasora.data.captions import inference_caption, training_caption
+from megasora.data.plan import SamplerState, assign_packs, next_step, sample_cost
+
+TOKENS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
+
+
+@given(TOKENS, st.integers(50, 200), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_takes_every_sample_once(tokens: list[int], budget: int, seed: int) -> None:
+    state, taken = SamplerState(), []
+    while state.epoch == 0:
+        plan = next_step(tokens, state, seed=seed, global_tokens=budget)
+        assert plan.samples
+        assert sum(tokens[sample] for sample in plan.samples) <= budget
+        taken += plan.samples
+        state = plan.state_after
+    assert sorted(taken) == list(range(len(tokens)))
+
+
+@given(TOKENS, st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_packs_hold_every_sample_once(tokens: list[int], dp: int, microbatches: int) -> None:
+    packs = assign_packs(tokens, data_parallel_size=dp, num_microbatches=microbatches, hidden_size=64)
+    assert len(packs) == dp
+    assert all(len(replica) == microbatches for replica in packs)
+    assert sorted(place for replica in packs for pack in replica for place in pack) == list(range(len(tokens)))
+
+
+def test_packs_of_mixed_lengths_cost_the_same() -> None:
+    tokens = [8960] * 16 + [768] * 200 + [3000] * 40
+    packs = assign_packs(tokens, data_parallel_size=8, num_microbatches=1, hidden_size=3072)
+    costs = [sum(sample_cost(tokens[p], hidden_size=3072) for p in pack) for replica in packs for pack in replica]
+    assert max(costs) / (sum(costs) / len(costs)) < 1.02
+
+
+def test_sizes_frames_and_strides() -> None:
+    assert choose_size(1080, 1920, resolution="256px", multiple=16) == (192, 336)
+    assert choose_size(1920, 1080, resolution="256px", multiple=16) == (336, 192)
+    assert choose_size(100, 130, resolution="manifest", multiple=16) == (96, 128)
+    assert choose_frames(100, frame_counts=(129, 97, 65, 33, 1)) == 97
+    assert [stride_to(fps, target_fps=24.0) for fps in (24.0, 25.0, 30.0, 60.0)] == [1, 2, 2, 3]
+    assert token_grid(129, 256, 256, temporal_compression=4, spatial_compression=8, patch_size=2) == (33, 16, 16)
+
+
+def test_captions_carry_what_is_known() -> None:
+    assert training_caption("A cat", fps=12.0, motion_score=3.6) == "A cat 12 FPS, 4 motion score."
+    assert training_caption("A cat", fps=None, motion_score=None) == "A cat"
+    assert inference_caption("A cat", motion_score=4.0) == "A cat 4 motion score."
