@@ -41,7 +41,10 @@ def _serve(rank: int, connection: Connection, paths: list[str]) -> None:
     enable_cpu_backend()
     connection.send("ready")
     while True:
-        job = connection.recv()
+        try:
+            job = connection.recv()
+        except EOFError:  # the parent died
+            return
         if job is None:
             return
         module, name, store, world_size, args = job
@@ -74,7 +77,8 @@ class RankPool:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs, list(sys.path)), daemon=True)
+            # not daemonic: Megatron's checkpoint writer starts processes of its own
+            process = context.Process(target=_serve, args=(rank, theirs, list(sys.path)), daemon=False)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

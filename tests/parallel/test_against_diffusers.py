@@ -1,0 +1,117 @@
+"""Against code nobody here wrote: diffusers' FluxTransformer2DModel, same random weights and inputs, forward and every gradient, fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megasora.checkpoint.formats.detect import detect_model
+from megasora.checkpoint.formats.mapping import CanonicalReader
+from megasora.inference.forward import run_forward
+from tests.pool import RankPool
+
+TOLERANCE = 1e-5
+"""||a - b|| / ||b|| per tensor in fp32."""
+AXES = (4, 14, 14)
+
+
+class DictReader:
+    """Tensors from a dict, as a weight file."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].shape)
+
+    def read(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+
+def flux(guidance: bool) -> FluxTransformer2DModel:
+    """A small FLUX with weights that leave no branch idle."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        pooled_projection_dim=12,
+        guidance_embeds=guidance,
+        axes_dims_rope=AXES,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm_" in name and parameter.dim() == 1 else 0.0))
+    return model
+
+
+def batch(guidance: bool) -> dict[str, Tensor]:
+    """Two samples of 15 video and 7 text tokens."""
+    torch.manual_seed(1)
+    ids = torch.cartesian_prod(torch.arange(1.0), torch.arange(3.0), torch.arange(5.0))
+    inputs = {
+        "img": torch.randn(2, 15, 16),
+        "img_ids": ids.expand(2, -1, -1).contiguous(),
+        "txt": torch.randn(2, 7, 24),
+        "txt_ids": torch.zeros(2, 7, 3),
+        "timesteps": torch.tensor([0.2, 0.9]),
+        "y_vec": torch.randn(2, 12),
+    }
+    return {**inputs, "guidance": torch.tensor([3.5, 1.0])} if guidance else inputs
+
+
+def run_on_rank(rank: int, folder: str, layout: dict[str, object]) -> None:
+    """`megasora forward` on one rank of a pool."""
+    path = Path(folder)
+    files = {"weights": path / "weights.safetensors", "inputs": path / "inputs.safetensors", "output": path / "out.safetensors"}
+    run_forward(**files, grads=path / "grads.safetensors", axes_dim=AXES, device="cpu", **layout)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (1, {}),
+        (4, {"tp": 2, "cp": 2, "context_parallel_backend": "ring"}),
+        (8, {"tp": 2, "pp": 2, "cp": 2}),
+        (4, {"tp": 2, "pp": 2, "vp": 2}),
+    ],
+)
+def test_forward_and_gradients_agree(pool: RankPool, tmp_path: Path, world_size: int, layout: dict[str, object], guidance: bool) -> None:
+    theirs, inputs = flux(guidance), batch(guidance)
+    prediction = theirs(
+        hidden_states=inputs["img"],
+        encoder_hidden_states=inputs["txt"],
+        pooled_projections=inputs["y_vec"],
+        timestep=inputs["timesteps"],
+        img_ids=inputs["img_ids"][0],
+        txt_ids=inputs["txt_ids"][0],
+        guidance=inputs.get("guidance"),
+    ).sample
+    prediction.square().mean().backward()
+    save_file({name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, tmp_path / "weights.safetensors")
+    save_file(inputs, tmp_path / "inputs.safetensors")
+
+    pool.run(world_size, run_on_rank, str(tmp_path), layout)
+
+    ours = load_file(tmp_path / "out.safetensors")["pred"]
+    assert (ours - prediction).norm() / prediction.norm() < TOLERANCE
+    gradients = DictReader({name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None})
+    shapes = {key: gradients.shape(key) for key in gradients.keys()}
+    expected = CanonicalReader(gradients, fmt="diffusers", model=detect_model(shapes, "diffusers", axes_dim=AXES))
+    found = load_file(tmp_path / "grads.safetensors")
+    assert found.keys() == expected.shapes.keys()
+    gaps = {key: float((found[key] - expected.read(key)).norm() / expected.read(key).norm()) for key in found}
+    assert max(gaps.values()) < TOLERANCE, max(gaps, key=gaps.__getitem__)

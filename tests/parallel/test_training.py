@@ -1,0 +1,130 @@
+"""Whole runs: any layout and any change of layout gives the same curve, a broken clip costs a sample, a checkpoint restores everything."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megasora import recipes
+from megasora.checkpoint import store
+from megasora.checkpoint.formats.canonical import canonical_shapes
+from megasora.checkpoint.source import open_source
+from megasora.config.schema import ParallelConfig
+from megasora.models.mmdit.initialization import initial_values
+from megasora.parallel.shards import Piece
+from tests.parallel.runs import metrics, tiny_run, train_on_rank
+from tests.parallel.test_parity import layout
+from tests.pool import RankFailedError, RankPool
+
+STEPS = 20
+CURVE = 1e-5
+"""Largest relative difference of fp32 loss and gradient norm per step over 20 steps."""
+
+
+@pytest.fixture(scope="module")
+def straight(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps on one rank."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    pool.run(1, train_on_rank, tiny_run(run_dir, steps=STEPS, parallel=ParallelConfig()))
+    return run_dir
+
+
+def assert_same_curve(run_dir: Path, straight: Path) -> None:
+    expected, found = metrics(straight), metrics(run_dir)
+    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    for one, other in zip(expected, found, strict=True):
+        assert other["samples"] == one["samples"]
+        assert abs(other["loss"] / one["loss"] - 1) < CURVE, (one["step"], one["loss"], other["loss"])
+        assert abs(other["grad_norm"] / one["grad_norm"] - 1) < CURVE, (one["step"], one["grad_norm"], other["grad_norm"])
+
+
+def assert_same_weights(run_dir: Path, straight: Path, *, select: str = "model") -> None:
+    """||a - b|| / ||w20 - w0|| per tensor <= 1e-3 and over all <= 1e-4; w0 comes from the same initialisation."""
+    first = store.step_folder(straight / "checkpoints", STEPS)
+    seed = recipes.get("tiny").init.seed
+    a = open_source(store.step_folder(run_dir / "checkpoints", STEPS), select=select)  # type: ignore[arg-type]
+    b = open_source(first, select=select)  # type: ignore[arg-type]
+    total_gap = total_update = 0.0
+    for key, shape in canonical_shapes(b.model).items():
+        reference = b.read(key)
+        zero = (0,) * len(shape)
+        whole = Piece(key=key, global_shape=shape, shape=shape, global_offset=zero, local_offset=zero)
+        origin = initial_values(whole, seed=seed, device=torch.device("cpu"))
+        gap, update = float((a.read(key) - reference).norm()), float((reference - origin).norm())
+        assert gap <= 1e-3 * max(update, 1e-12), (key, gap, update)
+        total_gap, total_update = total_gap + gap**2, total_update + update**2
+    assert total_gap**0.5 <= 1e-4 * total_update**0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(8, layout(tp=2, pp=2, cp=2)), (4, layout(tp=2, pp=2, vp=2)), (3, layout())],
+    ids=["tp2 pp2 cp2", "tp2 pp2 vp2", "dp3"],
+)
+def test_a_layout_repeats_the_curve_of_one_rank(
+    pool: RankPool, straight: Path, tmp_path: Path, world_size: int, parallel: ParallelConfig
+) -> None:
+    shutil.copytree(straight / "assets", tmp_path / "run" / "assets")
+    pool.run(world_size, train_on_rank, tiny_run(tmp_path / "run", steps=STEPS, parallel=parallel))
+    assert_same_curve(tmp_path / "run", straight)
+    assert_same_weights(tmp_path / "run", straight)
+    assert_same_weights(tmp_path / "run", straight, select="ema")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_other_layouts(pool: RankPool, straight: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight / "assets", run_dir / "assets")
+    pool.run(4, train_on_rank, tiny_run(run_dir, steps=4, parallel=layout(tp=2, pp=2)))
+    pool.run(2, train_on_rank, tiny_run(run_dir, steps=8, parallel=layout(cp=2)))
+    pool.run(3, train_on_rank, tiny_run(run_dir, steps=STEPS, parallel=layout()))
+    assert_same_curve(run_dir, straight)
+    assert_same_weights(run_dir, straight)
+    assert_same_weights(run_dir, straight, select="ema")
+    events = [event["event"] for record in metrics(run_dir) for event in record["events"]]
+    assert events == ["checkpoint", "restart", "checkpoint", "restart", "checkpoint"]
+
+
+@pytest.mark.slow
+def test_a_clip_that_fails_in_the_middle_costs_one_sample(pool: RankPool, straight: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight / "assets", run_dir / "assets")
+    broken = run_dir / "assets" / "clips" / "clip005.mp4"
+    broken.write_bytes(broken.read_bytes()[:600])
+    pool.run(8, train_on_rank, tiny_run(run_dir, steps=8, parallel=layout(tp=2, pp=2, cp=2)))
+    records = metrics(run_dir)
+    skips = [(record["step"], event) for record in records for event in record["events"] if event["event"] == "skip"]
+    assert skips
+    assert all(event["clip"] == "5" and "clip005.mp4" in event["reason"] for _, event in skips)
+    whole = {record["step"]: record["samples"] for record in metrics(straight)}
+    for record in records:
+        missing = sum(step == record["step"] for step, _ in skips)
+        assert record["samples"] == whole[record["step"]] - missing
+        assert record["loss"] is not None
+
+
+def test_an_unfinished_checkpoint_is_passed_over(pool: RankPool, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = tiny_run(run_dir, steps=2, parallel=layout(), interval_steps=1)
+    pool.run(1, train_on_rank, config)
+    last = store.step_folder(run_dir / "checkpoints", 2)
+    next(last.glob("*.distcp")).write_bytes(b"torn")
+    assert [entry.step for entry in store.complete_checkpoints(run_dir / "checkpoints")] == [1]
+    pool.run(1, train_on_rank, config)
+    records = metrics(run_dir)
+    assert [record["step"] for record in records] == [1, 2]
+    assert {"event": "restart", "from": "step_00000001", "step": 1, "note": "resumed"} in records[1]["events"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(pool: RankPool, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    config = tiny_run(tmp_path / "run", steps=1, parallel=layout())
+    pool.run(1, train_on_rank, config)
+    other = replace(config, model=replace(config.model, num_single_blocks=3))
+    with pytest.raises(RankFailedError, match="another model"):
+        pool.run(1, train_on_rank, other)
