@@ -5,7 +5,7 @@
 
 Sections (each fails alone and says why):
   parity   Transformer Engine and local layers, bf16, forward and gradients against the fp32 local model
-  speed    forward + backward of a block stack of width 3072 on packs of 256px 129-frame clips: time, TFLOP/s, MFU, peak memory; bf16 and FP8
+  speed    forward + backward of a block stack of width 3072 on packs of 256px 129-frame clips: time, TFLOP/s, MFU, memory; bf16, FP8
   curves   200 steps of training on fixed data, bf16 and FP8 side by side
   ring     chunk attention with log-sum-exp merge against whole attention, forward and backward
   decode   DALI on the GPU: frames and means

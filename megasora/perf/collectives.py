@@ -1,7 +1,7 @@
 """Bytes of every collective of one training step on one rank, as formulas (docs/architecture.md); a test counts the real ones.
 
-Convention: a collective's bytes are its payload on the rank, whatever the algorithm sends: the whole gathered tensor of an all-gather, the whole
-input of a reduce-scatter, the tensor of an all-reduce or all-to-all, the message of a send.
+Convention: a collective's bytes are its payload on the rank, whatever the algorithm sends: the whole gathered tensor of an all-gather, the
+whole input of a reduce-scatter, the tensor of an all-reduce or all-to-all, the message of a send.
 Letters: S tokens of a context rank (padded, all of its TP shares), s = S / TP, n samples of the pack, H hidden, K head size.
 """
 
