@@ -3,7 +3,8 @@
     python benchmarks/mmdit_step.py [--pairs 50] [--threads 2] [--json]
 
 Hidden 512, 2 + 4 blocks, S = 320 and 1,024 tokens (64 of them text), fp32. The two are alternated; diffusers against itself is printed
-beside, because that alone varies by some percent on a shared machine. Ends with one JSON line: ratio_median is ours / theirs, below 1 is faster.
+beside, because that alone varies by some percent on a shared machine. Ends with one JSON line: ratio_median is ours / theirs, so below 1
+is faster.
 """
 
 from __future__ import annotations
