@@ -251,8 +251,20 @@ def _validate(arguments: list[str]) -> None:
     Console().print(table)
 
 
+def _only_json(arguments: list[str], *, command: str) -> None:
+    """Refuse anything but --json.
+
+    Raises:
+        UserError: another argument.
+    """
+    for argument in arguments:
+        if argument != "--json":
+            raise UserError(f"{command} takes no argument but --json, got {argument}")
+
+
 def _recipes(arguments: list[str]) -> None:
     """List the recipes."""
+    _only_json(arguments, command="recipes")
     rows = [
         {"name": name, "parameters": parameter_count(recipe().model), "about": (recipe.__doc__ or "").splitlines()[0]}
         for name, recipe in recipes.RECIPES.items()
@@ -326,6 +338,7 @@ def _convert(arguments: list[str]) -> None:
 
 def _doctor(arguments: list[str]) -> None:
     """What is installed, and what each missing part would bring."""
+    _only_json(arguments, command="doctor")
     rows = [*_packages(), _cuda()]
     if "--json" in arguments:
         print(json.dumps(rows))

@@ -33,6 +33,27 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+def _positive(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Sizes the other checks divide by."""
+    if world_size < 1:
+        yield Problem(field="world size", message=f"is {world_size}", cure="use at least 1 rank")
+    sizes = {
+        "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        "model": ("hidden_size", "num_attention_heads", "ffn_hidden_size", "in_channels", "patch_size", "text_dim", "vec_dim", "time_dim"),
+        "encoders": ("temporal_compression", "spatial_compression"),
+    }
+    for section, names in sizes.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value < 1:
+                yield Problem(field=f"{section}.{name}", message=f"is {value}", cure="use at least 1")
+    for name in ("num_double_blocks", "num_single_blocks"):
+        if getattr(config.model, name) < 0:
+            yield Problem(field=f"model.{name}", message=f"is {getattr(config.model, name)}", cure="use 0 or more")
+    if config.model.num_blocks < 1:
+        yield Problem(field="model.num_double_blocks", message="the model has no blocks", cure="use at least one block")
+
+
 def _layout(config: RunConfig, world_size: int) -> Iterator[Problem]:
     parallel, model = config.parallel, config.model
     tp, pp, vp = (
@@ -40,10 +61,6 @@ def _layout(config: RunConfig, world_size: int) -> Iterator[Problem]:
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
     )
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        if getattr(parallel, name) < 1:
-            yield Problem(field=f"parallel.{name}", message=f"is {getattr(parallel, name)}", cure="use at least 1")
-            return
     if model.num_attention_heads % tp:
         yield Problem(
             field="parallel.tensor_model_parallel_size",
@@ -187,6 +204,14 @@ def _precision(config: RunConfig, world_size: int) -> Iterator[Problem]:
             )
         if precision.fp8 == "mxfp8":
             yield Problem(field="precision.fp8", message="mxfp8 needs a Blackwell GPU", cure="on Hopper use tensorwise or blockwise")
+        tp = config.parallel.tensor_model_parallel_size
+        for name in ("hidden_size", "ffn_hidden_size"):
+            if getattr(config.model, name) % (16 * tp):
+                yield Problem(
+                    field=f"model.{name}",
+                    message=f"{getattr(config.model, name)} / TP {tp} is not a multiple of 16, which FP8 matrices need",
+                    cure="change the size or TP, or use fp8 none",
+                )
 
 
 def _data(config: RunConfig, world_size: int) -> Iterator[Problem]:
@@ -281,8 +306,9 @@ CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _data, _num
 
 
 def problems(config: RunConfig, *, world_size: int) -> list[Problem]:
-    """Everything that cannot work, in schema order; empty when the run is sound."""
-    return [problem for check in CHECKS for problem in check(config, world_size)]
+    """Everything that cannot work, in schema order; empty when the run is sound. A size below 1 hides the checks that divide by it."""
+    sizes = list(_positive(config, world_size))
+    return sizes or [problem for check in CHECKS for problem in check(config, world_size)]
 
 
 def raise_on_problems(config: RunConfig, *, world_size: int) -> None:

@@ -6,6 +6,7 @@ One clip per pipeline run, with the frame range as arguments. DALI pads short re
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,17 +25,26 @@ CPU_CODECS = ("vp8", "vp9", "mjpeg")
 
 
 class DaliDecoder:
-    """Decoder through DALI on one device. Not shared between threads."""
+    """Decoder through DALI on one device. Threads may share it: they take turns, for there is one pipeline."""
 
     def __init__(self, *, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.device_id = (device.index or 0) if self.on_gpu else None
         self._feed: dict[str, Any] = {}
         self._pipeline: Any = None
+        self._turn = threading.Lock()
 
     def decode(self, request: DecodeRequest) -> Tensor:
         """See `Decoder.decode`; on the CPU other codecs than `CPU_CODECS` are refused."""
         self._check_codec(request.path)
+        with self._turn:
+            pixels = self._read(request)
+        if pixels.shape[0] != request.num_frames:
+            raise DecodeError(f"{request.path}: {pixels.shape[0]} of {request.num_frames} frames from {request.start}")
+        return _to_size(pixels, request)
+
+    def _read(self, request: DecodeRequest) -> Tensor:
+        """uint8 [T, H, W, 3]; rebuilds the pipeline after an error."""
         try:
             content = np.fromfile(request.path, dtype=np.uint8)
             self._feed = {
@@ -46,13 +56,10 @@ class DaliDecoder:
             if self._pipeline is None:
                 self._pipeline = self._build()
             (output,) = self._pipeline.run()
-            pixels = torch.utils.dlpack.from_dlpack(output[0]).clone()
+            return torch.utils.dlpack.from_dlpack(output[0]).clone()
         except (RuntimeError, OSError) as error:
             self._pipeline = None
             raise DecodeError(f"{request.path}: {str(error).strip().splitlines()[0]}") from error
-        if pixels.shape[0] != request.num_frames:
-            raise DecodeError(f"{request.path}: {pixels.shape[0]} of {request.num_frames} frames from {request.start}")
-        return _to_size(pixels, request)
 
     def _check_codec(self, path: str) -> None:
         try:
@@ -96,6 +103,8 @@ def _to_size(pixels: Tensor, request: DecodeRequest) -> Tensor:
     """uint8 [T, H, W, 3] -> fp32 [3, T, height, width] in [-1, 1]: crop, resize to cover (bicubic, antialiased), cut the centre."""
     if request.crop is not None:
         x, y, width, height = request.crop
+        if x + width > pixels.shape[2] or y + height > pixels.shape[1]:
+            raise DecodeError(f"{request.path}: crop {request.crop} lies outside {pixels.shape[2]}x{pixels.shape[1]}")
         pixels = pixels[:, y : y + height, x : x + width]
     frames = pixels.permute(0, 3, 1, 2).float()
     height, width = covering_size((frames.shape[2], frames.shape[3]), (request.height, request.width))

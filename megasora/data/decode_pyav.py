@@ -31,9 +31,11 @@ class PyAVDecoder:
                 for number, frame in _numbered(container, stream, start=request.start):
                     if number > wanted[-1]:
                         break
-                    if number >= request.start and (number - request.start) % request.stride == 0:
-                        if frame.is_corrupt:
-                            raise DecodeError(f"{request.path}: frame {number} is corrupt")
+                    if number < request.start:
+                        continue
+                    if frame.is_corrupt:  # also between strides: later frames are predicted from it
+                        raise DecodeError(f"{request.path}: frame {number} is corrupt")
+                    if (number - request.start) % request.stride == 0:
                         frames.append(_to_size(frame, request))
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise DecodeError(f"{request.path}: {error}") from error

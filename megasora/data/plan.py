@@ -189,8 +189,9 @@ def _refine(packs: list[list[int]], loads: list[float], costs: list[float], *, r
         dearest = max(range(len(packs)), key=lambda k: (loads[k], -k))
         cheapest = min(range(len(packs)), key=lambda k: (loads[k], k))
         gap = loads[dearest] - loads[cheapest]
-        moves = [place for place in packs[dearest] if 0 < costs[place] < gap]
-        swaps = [(a, b) for a in packs[dearest] for b in packs[cheapest] if 0 < costs[a] - costs[b] < gap]
+        given, taken = ({costs[p]: p for p in reversed(packs[k])}.values() for k in (dearest, cheapest))  # one place of each cost
+        moves = [place for place in given if 0 < costs[place] < gap]
+        swaps = [(a, b) for a in given for b in taken if 0 < costs[a] - costs[b] < gap]
         best_move = min(moves, key=lambda p: abs(gap - 2 * costs[p]), default=None)
         best_swap = min(swaps, key=lambda s: abs(gap - 2 * (costs[s[0]] - costs[s[1]])), default=None)
         if best_move is None and best_swap is None:

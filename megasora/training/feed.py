@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -236,7 +237,7 @@ class Feeder:
             weight=float(parts["ok"]),
         )
 
-    @property
+    @cached_property
     def _smallest(self) -> PlannedClip:
         return min(self.clips, key=lambda clip: clip.tokens)
 

@@ -44,6 +44,14 @@ def wrap_for_training(
     return wrapped
 
 
+def sync_parameters(wrapped: Sequence[DistributedDataParallel], *, parallel: ParallelConfig) -> None:
+    """Finish the optimizer's parameter gather: with overlap_param_gather it waits for the next training forward, and whoever looks at the
+    parameters before (evaluation, checkpoint) would see the old ones."""
+    if parallel.overlap_param_gather:
+        for chunk in wrapped:
+            chunk.start_param_sync(force_sync=True)
+
+
 def build_optimizer(
     wrapped: Sequence[DistributedDataParallel], *, optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:

@@ -46,7 +46,15 @@ from megasora.training.evaluation import Evaluator
 from megasora.training.feed import Feeder, StepBatch
 from megasora.training.metrics import MetricsLog, StepMetrics
 from megasora.training.microbatch import velocity_loss
-from megasora.training.optimizer import EMA, build_optimizer, ensure_adam_state, learning_rate, refresh_masters, wrap_for_training
+from megasora.training.optimizer import (
+    EMA,
+    build_optimizer,
+    ensure_adam_state,
+    learning_rate,
+    refresh_masters,
+    sync_parameters,
+    wrap_for_training,
+)
 from megasora.training.state import optimizer_tensors
 
 
@@ -318,9 +326,13 @@ def _loop(
             events += [{"event": "skip", "clip": clip, "reason": reason} for clip, reason in result.skipped]
             last = trainee.step == config.train.steps or result.stop
             interval = config.checkpoint.interval_steps
-            if evaluator is not None and (last or trainee.step % config.evaluation.interval_steps == 0):
+            evaluate = evaluator is not None and (last or trainee.step % config.evaluation.interval_steps == 0)
+            save = last or (interval > 0 and trainee.step % interval == 0)
+            if evaluate or save:
+                sync_parameters(trainee.wrapped, parallel=config.parallel)
+            if evaluator is not None and evaluate:
                 events.append(_evaluation_event(evaluator, trainee))
-            if last or (interval and trainee.step % interval == 0):
+            if save:
                 events.append(_save(trainee, root, config=config, context=context, manifest=manifest))
             if result.stop:
                 events.append({"event": "stop", "reason": "SIGTERM or SIGUSR1"})

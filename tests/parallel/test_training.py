@@ -12,7 +12,7 @@ from megasora import recipes
 from megasora.checkpoint import store
 from megasora.checkpoint.formats.canonical import canonical_shapes
 from megasora.checkpoint.source import open_source
-from megasora.config.schema import ParallelConfig
+from megasora.config.schema import ParallelConfig, RunConfig
 from megasora.models.mmdit.initialization import initial_values
 from megasora.parallel.shards import Piece
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
@@ -128,3 +128,39 @@ def test_a_checkpoint_of_another_model_is_refused(pool: RankPool, tmp_path: Path
     other = replace(config, model=replace(config.model, num_single_blocks=3))
     with pytest.raises(RankFailedError, match="another model"):
         pool.run(1, train_on_rank, other)
+
+
+@pytest.mark.slow
+def test_overlapped_communication_repeats_the_curve(pool: RankPool, straight: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight / "assets", run_dir / "assets")
+    parallel = layout(overlap_grad_reduce=True, overlap_param_gather=True)
+    pool.run(2, train_on_rank, tiny_run(run_dir, steps=4, parallel=parallel, interval_steps=2))
+    for one, other in zip(metrics(straight), metrics(run_dir), strict=False):
+        assert abs(other["loss"] / one["loss"] - 1) < CURVE
+        assert abs(other["grad_norm"] / one["grad_norm"] - 1) < CURVE
+    # a checkpoint written in the middle holds the step's own weights: going on from it repeats the rest
+    shutil.rmtree(store.step_folder(run_dir / "checkpoints", 4))
+    before = metrics(run_dir)
+    pool.run(2, train_on_rank, tiny_run(run_dir, steps=4, parallel=parallel, interval_steps=2))
+    for one, other in zip(before, metrics(run_dir), strict=True):
+        assert abs(other["loss"] / one["loss"] - 1) < CURVE
+
+
+@pytest.mark.slow
+def test_a_bf16_run_goes_on_exactly_where_it_stopped(pool: RankPool, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    def config(name: str, steps: int) -> RunConfig:
+        made = tiny_run(tmp_path / name, steps=steps, parallel=layout(tp=2))
+        return replace(made, precision=replace(made.precision, dtype="bf16"))
+
+    pool.run(2, train_on_rank, config("straight", 8))
+    shutil.copytree(tmp_path / "straight" / "assets", tmp_path / "stopped" / "assets")
+    pool.run(2, train_on_rank, config("stopped", 3))
+    pool.run(2, train_on_rank, config("stopped", 8))
+    assert [r["loss"] for r in metrics(tmp_path / "stopped")] == [r["loss"] for r in metrics(tmp_path / "straight")]
+    for select in ("model", "master", "ema"):
+        one = open_source(store.step_folder(tmp_path / "straight" / "checkpoints", 8), select=select)  # type: ignore[arg-type]
+        other = open_source(store.step_folder(tmp_path / "stopped" / "checkpoints", 8), select=select)  # type: ignore[arg-type]
+        assert all(torch.equal(one.read(key), other.read(key)) for key in one.shapes)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megasora.config.errors import UserError
 from megasora.config.schema import ModelConfig
 from megasora.models.mmdit.canonical import canonical_parameters
 from megasora.models.mmdit.model import MMDiT
@@ -27,7 +28,7 @@ def fill_parameters(
     """Copy this rank's rectangles out of canonical tensors; a tensor that is not known (cond_in of a FLUX file) becomes zero.
 
     Raises:
-        ValueError: a tensor of integers where weights are expected.
+        UserError: a tensor of integers where weights are expected.
     """
     for chunk in chunks:
         for _, parameter, pieces in canonical_parameters(chunk, model=model, tp_rank=context.at.tp, tp_size=context.topology.tp):
@@ -38,7 +39,7 @@ def fill_parameters(
                     continue
                 tensor = read(piece.key)
                 if not tensor.is_floating_point():
-                    raise ValueError(f"{piece.key} holds {tensor.dtype}, weights must be floating point")
+                    raise UserError(f"{piece.key} holds {tensor.dtype}, weights must be floating point")
                 view.copy_(tensor[piece.global_slices])
 
 

@@ -1,0 +1,95 @@
+"""Every check of a config: the field it blames, and that a sound config passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megasora import recipes
+from megasora.config.parameters import parameter_count
+from megasora.config.schema import ModelConfig, RunConfig
+from megasora.config.validate import model_state_bytes, problems
+
+
+def changed(section: str, **values: Any) -> RunConfig:
+    """`tiny` on the CPU with other values in one section."""
+    config = replace(recipes.get("tiny"), device="cpu")
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+def blamed(config: RunConfig, *, world_size: int = 8) -> list[str]:
+    """Fields of the problems found."""
+    return [problem.field for problem in problems(config, world_size=world_size)]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "field"),
+    [
+        ("parallel", {"pipeline_model_parallel_size": 16}, "parallel.pipeline_model_parallel_size"),
+        ("parallel", {"virtual_pipeline_model_parallel_size": 2}, "parallel.virtual_pipeline_model_parallel_size"),
+        ("parallel", {"pipeline_split": "given", "pipeline_blocks": (4, 3)}, "parallel.pipeline_blocks"),
+        ("parallel", {"pipeline_blocks": (8,)}, "parallel.pipeline_blocks"),
+        ("parallel", {"ulysses_size": 2}, "parallel.ulysses_size"),
+        ("parallel", {"overlap_param_gather": True}, "parallel.overlap_param_gather"),
+        ("parallel", {"recompute": "count"}, "parallel.recompute"),
+        ("parallel", {"tensor_model_parallel_size": 0}, "parallel.tensor_model_parallel_size"),
+        ("parallel", {"pipeline_model_parallel_size": 0}, "parallel.pipeline_model_parallel_size"),
+        ("model", {"num_attention_heads": 0}, "model.num_attention_heads"),
+        ("model", {"patch_size": 0}, "model.patch_size"),
+        ("model", {"axes_dim": (5, 5, 6)}, "model.axes_dim"),
+        ("model", {"in_channels": 66}, "model.in_channels"),
+        ("encoders", {"temporal_compression": 0}, "encoders.temporal_compression"),
+        ("precision", {"provider": "te"}, "precision.provider"),
+        ("precision", {"attention": "te"}, "precision.attention"),
+        ("condition", {"t2v": -1.0}, "condition"),
+        ("data", {"frame_counts": (16,)}, "data.frame_counts"),
+        ("data", {"dropout_t5": 1.5}, "data.dropout_t5"),
+        ("optimizer", {"lr": float("nan")}, "optimizer.lr"),
+        ("optimizer", {"beta2": 1.0}, "optimizer.beta2"),
+        ("optimizer", {"lr_milestones": ((9, 1e-3), (4, 1e-4))}, "optimizer.lr_milestones"),
+        ("train", {"steps": 0}, "train.steps"),
+        ("sample", {"height": 60}, "sample.height"),
+        ("sample", {"num_frames": 16}, "sample.num_frames"),
+    ],
+)
+def test_one_wrong_value_blames_its_own_field_only(section: str, values: dict[str, Any], field: str) -> None:
+    assert blamed(changed(section, **values), world_size=16) == [field]
+
+
+def test_ulysses_needs_the_heads_of_a_tp_rank() -> None:
+    sizes = {"tensor_model_parallel_size": 4, "context_parallel_size": 4}
+    assert blamed(changed("parallel", context_parallel_backend="ulysses", **sizes), world_size=16) == ["parallel.context_parallel_size"]
+    assert blamed(changed("parallel", context_parallel_backend="ring", **sizes), world_size=16) == []
+
+
+@pytest.mark.parametrize(("tp", "wrong"), [(1, []), (16, ["model.hidden_size"])])
+def test_fp8_needs_matrices_in_multiples_of_16(tp: int, wrong: list[str]) -> None:
+    config = recipes.get("opensora2_stage1")
+    model = replace(config.model, hidden_size=2944, num_attention_heads=16, axes_dim=(24, 80, 80), ffn_hidden_size=12288)
+    parallel = replace(config.parallel, tensor_model_parallel_size=tp)
+    config = replace(config, model=model, parallel=parallel, device="cuda", precision=replace(config.precision, fp8="tensorwise"))
+    assert blamed(config, world_size=64) == wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({}, 11_891_390_528),
+        ({"cond_embed": False}, 11_891_178_560),
+        ({"cond_embed": False, "guidance_embed": True}, 11_901_408_320),
+        ({"in_channels": 128, "patch_size": 1}, 11_891_971_200),
+    ],
+)
+def test_the_published_variants_count_exactly(changes: dict[str, Any], count: int) -> None:
+    assert parameter_count(ModelConfig(**changes)) == count
+
+
+@pytest.mark.parametrize(("world", "tp", "gigabytes"), [(1, 1, 214.0), (8, 1, 89.2), (8, 2, 53.5), (8, 8, 26.8), (224, 1, 72.0)])
+def test_memory_matches_the_written_table(world: int, tp: int, gigabytes: float) -> None:
+    config = recipes.get("opensora2_stage1")
+    config = replace(
+        config, optimizer=replace(config.optimizer, ema_decay=0.0), parallel=replace(config.parallel, tensor_model_parallel_size=tp)
+    )
+    assert model_state_bytes(config, world_size=world) / 1e9 == pytest.approx(gigabytes, abs=0.1)

@@ -1,0 +1,65 @@
+"""The tiny encoders run the real classes from the real folder formats, and are the same every time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megasora import recipes
+from megasora.config.errors import UserError
+from megasora.config.schema import EncodersConfig
+from megasora.models.encoders.bundle import load_encoders
+from megasora.models.encoders.tiny import make_tiny_encoders
+
+CAPTIONS = ["A rabbit in a meadow", "Colour bars that turn", "A man in a moving car"]
+TINY = recipes.get("tiny")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EncodersConfig:
+    return make_tiny_encoders(tmp_path_factory.mktemp("e") / "enc", captions=CAPTIONS, model=TINY.model, base=TINY.encoders)
+
+
+def test_shapes_fit_the_model(config: EncodersConfig) -> None:
+    encoders = load_encoders(config, model=TINY.model, device=CPU)
+    torch.manual_seed(0)
+    latent = encoders.vae.encode(torch.rand(3, 9, 48, 64) * 2 - 1)
+    assert latent.shape == (16, 3, 6, 8)
+    assert encoders.vae.decode(latent).shape == (3, 9, 48, 64)
+    text, vec = encoders.encode_text([*CAPTIONS, ""], max_tokens=16)
+    assert text.shape == (4, 16, 64)
+    assert vec.shape == (4, 32)
+    assert len({tuple(row.tolist()) for row in vec}) == 4
+
+
+def test_a_given_frame_is_encoded_without_looking_ahead(config: EncodersConfig) -> None:
+    vae = load_encoders(config, model=TINY.model, device=CPU).vae
+    clip = torch.rand(3, 9, 32, 32) * 2 - 1
+    other = torch.cat([clip[:, :1], torch.rand(3, 8, 32, 32)], dim=1)
+    alone = vae.encode(clip[:, :1])
+    assert torch.equal(alone, vae.encode(other[:, :1]))
+    assert alone.shape == (16, 1, 4, 4)
+
+
+def test_they_are_the_same_every_time(config: EncodersConfig, tmp_path: Path) -> None:
+    again = make_tiny_encoders(tmp_path / "enc", captions=CAPTIONS, model=TINY.model, base=TINY.encoders)
+    for name in ("vae", "t5", "clip"):
+        first, second = Path(str(getattr(config, name))), Path(str(getattr(again, name)))
+        files = sorted(path.name for path in first.iterdir())
+        assert files == sorted(path.name for path in second.iterdir())
+        assert all(
+            (first / file).read_bytes() == (second / file).read_bytes() for file in files if file.endswith((".safetensors", ".model"))
+        )
+
+
+def test_wrong_folders_and_sizes_are_refused(config: EncodersConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder given for --encoders.vae"):
+        load_encoders(replace(config, vae=None), model=TINY.model, device=CPU)
+    with pytest.raises(UserError, match="no diffusers folder"):
+        load_encoders(replace(config, vae=str(tmp_path)), model=TINY.model, device=CPU)
+    with pytest.raises(UserError, match="t5 channels are 64"):
+        load_encoders(config, model=replace(TINY.model, text_dim=128), device=CPU)
