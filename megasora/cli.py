@@ -24,7 +24,7 @@ from megasora.config.errors import UserError
 from megasora.config.io import dump, load_yaml, to_dict
 from megasora.config.parameters import parameter_count
 from megasora.config.schema import RunConfig
-from megasora.config.validate import model_state_bytes, problems
+from megasora.config.validate import model_state_bytes, problems, raise_on_problems, refuse_missing_autoencoder
 
 ArgsT = TypeVar("ArgsT")
 Axes = tuple[int, int, int]
@@ -178,7 +178,7 @@ def _one_line(complaint: str, prog: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+", " ", complaint)
     words = re.sub(r"\s+", " ", plain).strip()
     words = re.sub(r"^(Parsing error|Unrecognized options|Required options)\s*", "", words)
-    words = re.split(r"\s*For full helptext", words)[0]
+    words = re.split(r"\s*(?:For full helptext|Argument helptext)", words)[0]
     return f"{words} (megasora {prog.removeprefix('megasora ')} --help lists the flags)"
 
 
@@ -188,6 +188,10 @@ def _run_config(arguments: list[str], *, command: str) -> RunConfig:
     Raises:
         UserError: no such recipe or flag, or a value of the wrong type.
     """
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(f"usage: megasora {command} RECIPE [--section.field value ...]; megasora {command} tiny --help lists every setting")
+        print(f"recipes: {', '.join(recipes.RECIPES)}, or the config.yaml of a run")
+        raise SystemExit(0)
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"{command} needs a recipe or a config.yaml: megasora {command} RECIPE; there are {', '.join(recipes.RECIPES)}")
     name, overrides = arguments[0], [_underscored(argument) for argument in arguments[1:]]
@@ -211,6 +215,10 @@ def _underscored(argument: str) -> str:
 def _train(arguments: list[str]) -> None:
     """RECIPE [--section.field value ...]: train, or go on with a run."""
     config = _run_config(arguments, command="train")
+    refuse_missing_autoencoder(config)
+    # refused before the slow imports; with device=auto the memory estimate waits until the device is known
+    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    raise_on_problems(config, world_size=world_size, check_memory=config.device != "auto")
     from megasora.training.run import train
 
     train(config)
@@ -320,6 +328,8 @@ def _partition(arguments: list[str], own: set[str]) -> tuple[list[str], list[str
 
 def _convert(arguments: list[str]) -> None:
     """SRC DST --to FORMAT [...]: weights between formats."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        _parse(ConvertArgs, ["--help"], prog="megasora convert SRC DST")
     if len(arguments) < 2 or any(argument.startswith("-") for argument in arguments[:2]):
         raise UserError("convert needs a source and a target: megasora convert SRC DST --to opensora")
     args = _parse(ConvertArgs, [_underscored(a) for a in arguments[2:]], prog="megasora convert")

@@ -127,8 +127,6 @@ class PrecisionConfig:
     """Layers: Transformer Engine or Megatron-core's own; auto takes te on CUDA when it is installed, local on CPU."""
     attention: Literal["auto", "te", "flash", "torch"] = "auto"
     """Attention kernel; auto takes te or flash on CUDA when installed, torch otherwise."""
-    compile: bool = False
-    """torch.compile the pointwise parts of a block (CUDA only)."""
 
 
 @dataclass(frozen=True, kw_only=True)

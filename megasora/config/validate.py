@@ -189,7 +189,6 @@ def _precision(config: RunConfig, world_size: int) -> Iterator[Problem]:
             ("fp8", precision.fp8, precision.fp8 != "none"),
             ("provider", precision.provider, precision.provider == "te"),
             ("attention", precision.attention, precision.attention in ("te", "flash")),
-            ("compile", precision.compile, precision.compile),
         ):
             if bad:
                 yield Problem(field=f"precision.{name}", message=f"{value} needs CUDA, the device is the CPU", cure="use its CPU default")
@@ -305,18 +304,38 @@ def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
 CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _data, _numbers, _sample, _memory)
 
 
-def problems(config: RunConfig, *, world_size: int) -> list[Problem]:
-    """Everything that cannot work, in schema order; empty when the run is sound. A size below 1 hides the checks that divide by it."""
+def problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> list[Problem]:
+    """Everything that cannot work, in schema order; empty when the run is sound. A size below 1 hides the checks that divide by it.
+
+    Args:
+        config: the run.
+        world_size: ranks of the job.
+        check_memory: whether to compare the model's state with a GPU's memory; off while it is open whether there is a GPU.
+    """
     sizes = list(_positive(config, world_size))
-    return sizes or [problem for check in CHECKS for problem in check(config, world_size)]
+    checks = [check for check in CHECKS if check_memory or check is not _memory]
+    return sizes or [problem for check in checks for problem in check(config, world_size)]
 
 
-def raise_on_problems(config: RunConfig, *, world_size: int) -> None:
+def raise_on_problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> None:
     """Refuse a run that cannot work.
 
     Raises:
         UserError: one line per problem, each with its cure.
     """
-    found = problems(config, world_size=world_size)
+    found = problems(config, world_size=world_size, check_memory=check_memory)
     if found:
-        raise UserError("; ".join(str(problem) for problem in found) if len(found) == 1 else "\n  ".join(["", *map(str, found)]))
+        raise UserError(str(found[0]) if len(found) == 1 else "\n  ".join([f"{len(found)} problems", *map(str, found)]))
+
+
+def refuse_missing_autoencoder(config: RunConfig) -> None:
+    """Refuse to train a model whose autoencoder is not part of this version.
+
+    Raises:
+        UserError: the run needs the video DC-AE (32x spatial compression).
+    """
+    if config.encoders.spatial_compression == 32:
+        raise UserError(
+            f"recipe {config.recipe} needs the video DC-AE (dc-ae-f32t4c128), which this version does not have; "
+            "it can be shown, validated and counted, train another recipe"
+        )

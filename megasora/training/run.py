@@ -26,7 +26,7 @@ from megasora.checkpoint.source import open_source
 from megasora.config.errors import UserError
 from megasora.config.io import save_yaml, to_dict
 from megasora.config.schema import RunConfig
-from megasora.config.validate import raise_on_problems
+from megasora.config.validate import raise_on_problems, refuse_missing_autoencoder
 from megasora.data.decode import open_decoder
 from megasora.data.manifest import Manifest, read_manifest
 from megasora.data.plan import PlannedClip, SamplerState, plan_clips
@@ -107,11 +107,7 @@ def train(config: RunConfig) -> None:
     Raises:
         UserError: the settings, files or machine do not allow it; says the cure.
     """
-    if config.encoders.spatial_compression == 32:
-        raise UserError(
-            f"recipe {config.recipe} needs the video DC-AE (dc-ae-f32t4c128), which this version does not have; "
-            "it can be shown, validated and counted, train another recipe"
-        )
+    refuse_missing_autoencoder(config)
     device = groups.choose_device(config.device)
     groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
     config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
