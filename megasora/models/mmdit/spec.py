@@ -1,6 +1,6 @@
 """Layer specs: which linear layers the MMDiT is built from. Models never ask which provider they got.
 
-`local` is Megatron-core's own (CPU and CUDA), `te` Transformer Engine through Megatron-core's adapters (CUDA).
+`local` is Megatron-core's own (CPU and CUDA; `local_linear`), `te` Transformer Engine through Megatron-core's adapters (CUDA).
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from megasora.config.errors import UserError
+from megasora.models.mmdit.local_linear import LocalColumnParallelLinear, LocalRowParallelLinear
 
 ProviderName = Literal["te", "local"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -39,7 +36,7 @@ def submodules_of(provider: ProviderName) -> MMDiTSubmodules:
         UserError: Transformer Engine is asked for and not installed.
     """
     if provider == "local":
-        return MMDiTSubmodules(column_parallel_linear=ColumnParallelLinear, row_parallel_linear=RowParallelLinear)
+        return MMDiTSubmodules(column_parallel_linear=LocalColumnParallelLinear, row_parallel_linear=LocalRowParallelLinear)
     from megatron.core.extensions import transformer_engine as te
 
     if not te.HAVE_TE:
@@ -92,7 +89,7 @@ class LayerFactory:
 
     def on_samples(self, input_size: int, output_size: int, *, config: TransformerConfig) -> nn.Module:
         """Column-parallel linear whose rows are samples: no sequence parallelism, no gradient reduction of its own, never FP8."""
-        layer = ColumnParallelLinear(
+        layer = LocalColumnParallelLinear(
             input_size,
             output_size,
             config=config,
