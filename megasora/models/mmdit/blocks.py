@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megasora.config.schema import ModelConfig
-from megasora.models.mmdit.layers import Modulation, QueryKeyNorm, attend
+from megasora.models.mmdit.layers import Modulation, QueryKeyNorm
 from megasora.models.mmdit.modulation import gated_residual, norm_modulate
-from megasora.models.mmdit.rotary import Rotation
+from megasora.models.mmdit.rotary import Rotation, StreamRotations
 from megasora.models.mmdit.spec import LayerFactory
 from megasora.parallel.context import ContextAttention
 from megasora.parallel.pack import Pack, Runs
@@ -28,10 +28,10 @@ class StreamAttention(nn.Module):
         self.norm = QueryKeyNorm(model.head_dim, layers=layers, eps=model.norm_eps)
         self.proj = layers.row(model.hidden_size, model.hidden_size)
 
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, H] -> q, k, v [S, heads of this TP rank, K], q and k normed."""
+    def project(self, tokens: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, H] -> q, k, v [S, heads of this TP rank, K], q and k normed and rotated."""
         qkv = self.qkv(tokens)[0]
-        result: tuple[Tensor, Tensor, Tensor] = self.norm(qkv.view(qkv.shape[0], 3, -1, self.head_dim))
+        result: tuple[Tensor, Tensor, Tensor] = self.norm(qkv.view(qkv.shape[0], 3, -1, self.head_dim), rotation)
         return result
 
 
@@ -59,9 +59,9 @@ class Stream(nn.Module):
         self.attn = StreamAttention(model, layers=layers)
         self.mlp = MLP(model, layers=layers)
 
-    def project(self, tokens: Tensor, rows: tuple[Tensor, ...], runs: Runs) -> tuple[Tensor, Tensor, Tensor]:
-        """Modulated queries, keys and values."""
-        return self.attn.project(norm_modulate(tokens, shift=rows[0], scale=rows[1], runs=runs, eps=self.eps))
+    def project(self, tokens: Tensor, rows: tuple[Tensor, ...], runs: Runs, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of modulated tokens."""
+        return self.attn.project(norm_modulate(tokens, shift=rows[0], scale=rows[1], runs=runs, eps=self.eps), rotation)
 
     def finish(self, tokens: Tensor, attended: Tensor, rows: tuple[Tensor, ...], runs: Runs) -> Tensor:
         """Output projection and feed-forward layer, each gated."""
@@ -79,13 +79,13 @@ class DoubleBlock(nn.Module):
         self.img = Stream(model, layers=layers)
         self.attention = attention
 
-    def forward(self, txt: Tensor, img: Tensor, vec: Tensor, rotation: Rotation, pack: Pack) -> tuple[Tensor, Tensor]:
+    def forward(self, txt: Tensor, img: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> tuple[Tensor, Tensor]:
         """Text share [., H] and video share [., H] -> the same."""
         txt_rows, img_rows = self.txt.mod(vec), self.img.mod(vec)
-        of_txt = self.txt.project(txt, txt_rows, pack.text_runs)
-        of_img = self.img.project(img, img_rows, pack.video_runs)
+        of_txt = self.txt.project(txt, txt_rows, pack.text_runs, rotations.txt)
+        of_img = self.img.project(img, img_rows, pack.video_runs, rotations.img)
         q, k, v = (pack.join_streams(a, b) for a, b in zip(of_txt, of_img, strict=True))
-        attended = attend(q, k, v, rotation=rotation, pack=pack, attention=self.attention)
+        attended = self.attention(q, k, v, pack).flatten(1)
         txt_attended, img_attended = pack.split_streams(attended)
         return (
             self.txt.finish(txt, txt_attended, txt_rows, pack.text_runs),
@@ -107,14 +107,14 @@ class SingleBlock(nn.Module):
         self.linear2 = layers.row(model.hidden_size + model.ffn_hidden_size, model.hidden_size)
         self.attention = attention
 
-    def forward(self, joint: Tensor, vec: Tensor, rotation: Rotation, pack: Pack) -> Tensor:
+    def forward(self, joint: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> Tensor:
         """Joint share [s, H] -> the same."""
         shift, scale, gate = self.modulation(vec)
         runs = pack.joint_runs
         hidden = self.linear1(norm_modulate(joint, shift=shift, scale=scale, runs=runs, eps=self.eps))[0]
         qkv, mlp = hidden.split([self.qkv_size, self.mlp_size], dim=-1)
-        q, k, v = self.norm(qkv.unflatten(-1, (3, -1, self.head_dim)))
-        attended = attend(q, k, v, rotation=rotation, pack=pack, attention=self.attention)
+        q, k, v = self.norm(qkv.unflatten(-1, (3, -1, self.head_dim)), rotations.joint)
+        attended = self.attention(q, k, v, pack).flatten(1)
         branch = self.linear2(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))[0]
         return gated_residual(joint, gate=gate, branch=branch, runs=runs)
 

@@ -1,4 +1,4 @@
-"""Small layers of the MMDiT: embedders, modulation, query/key norm, attention over the joint tokens.
+"""Small layers of the MMDiT: embedders, modulation, query/key norm with the rotary embedding.
 
 Shape letters: s tokens of a share, S tokens of a context rank, n samples of the pack, H hidden, K head size.
 """
@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megasora.models.mmdit.rotary import Rotation, rotate
+from megasora.models.mmdit.rotary import Rotation, norm_rotate
 from megasora.models.mmdit.spec import LayerFactory, device_of, mark_sequence_parallel
-from megasora.parallel.context import ContextAttention
-from megasora.parallel.pack import Pack
 from megasora.parallel.tensor import copy_to_tensor_region, gather_last_dim
 
 TIME_FACTOR = 1000.0
@@ -64,7 +62,10 @@ class Modulation(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over the head size with a learned scale, on queries or keys (replicated; each TP rank norms its own heads)."""
+    """RMSNorm over the head size with a learned scale, and the rotary embedding, on queries or keys.
+
+    The scale is replicated; each TP rank norms its own heads, so its gradient is summed over TP.
+    """
 
     def __init__(self, head_dim: int, *, layers: LayerFactory, eps: float) -> None:
         super().__init__()
@@ -72,9 +73,9 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(head_dim, device=device_of(layers.config), dtype=layers.config.params_dtype))
         mark_sequence_parallel(self, layers.config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         """[S, heads, K] -> the same shape."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return norm_rotate(x, weight=self.weight, rotation=rotation, eps=self.eps)
 
 
 class QueryKeyNorm(nn.Module):
@@ -85,12 +86,7 @@ class QueryKeyNorm(nn.Module):
         self.q_layernorm = HeadNorm(head_dim, layers=layers, eps=eps)
         self.k_layernorm = HeadNorm(head_dim, layers=layers, eps=eps)
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, 3, heads, K] -> normed q, normed k, v, each [S, heads, K]."""
+    def forward(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """[S, 3, heads, K] -> q and k normed and rotated, v as it is, each [S, heads, K]."""
         q, k, v = qkv.unbind(1)
-        return self.q_layernorm(q), self.k_layernorm(k), v
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, *, rotation: Rotation, pack: Pack, attention: ContextAttention) -> Tensor:
-    """Rotary embedding and attention over the joint tokens; [S, heads, K] in, [S, heads x K] out, joint order."""
-    return attention(rotate(q, rotation), rotate(k, rotation), v, pack).flatten(1)
+        return self.q_layernorm(q, rotation), self.k_layernorm(k, rotation), v

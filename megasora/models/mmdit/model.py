@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megasora.config.schema import ModelConfig
 from megasora.models.mmdit.blocks import DoubleBlock, FinalLayer, SingleBlock
 from megasora.models.mmdit.layers import MLPEmbedder, sinusoidal_embedding
-from megasora.models.mmdit.rotary import Rotation, rotation_of
+from megasora.models.mmdit.rotary import Rotation, StreamRotations, rotation_of
 from megasora.models.mmdit.spec import LayerFactory, MMDiTSubmodules
 from megasora.parallel.context import ContextAttention
 from megasora.parallel.groups import ParallelContext
@@ -132,9 +132,9 @@ class MMDiT(MegatronModule):
             [num_video, C] on the last stage, [s + n, H] elsewhere.
         """
         txt, img, vec = self._enter(inputs, pack)
-        rotation = self._rotation(pack.positions if positions is None else positions)
-        txt, img = self._run_double_blocks(txt, img, vec, rotation, pack)
-        joint = self._run_single_blocks(torch.cat([txt, img]), vec, rotation, pack)
+        rotations = self._rotations(pack.positions if positions is None else positions, pack)
+        txt, img = self._run_double_blocks(txt, img, vec, rotations, pack)
+        joint = self._run_single_blocks(torch.cat([txt, img]), vec, rotations, pack)
         if not self.post_process:
             return torch.cat([joint, vec])
         result: Tensor = self.final_layer(joint[pack.num_text :], vec, pack.video_runs)
@@ -165,26 +165,28 @@ class MMDiT(MegatronModule):
             vec = vec + self.guidance_in(sinusoidal_embedding(inputs.guidance, dim=self.model.time_dim).to(dtype))
         return vec + self.vector_in(inputs.y_vec)
 
-    def _rotation(self, positions: Tensor) -> Rotation:
+    def _rotations(self, positions: Tensor, pack: Pack) -> StreamRotations:
         dtype = torch.float64 if self.config.params_dtype == torch.float64 else torch.float32
-        return rotation_of(positions, axes_dim=self.model.axes_dim, theta=self.model.rope_theta, dtype=dtype)
+        joint = rotation_of(positions, axes_dim=self.model.axes_dim, theta=self.model.rope_theta, dtype=dtype)
+        cos, sin = (pack.split_streams(table) for table in joint)
+        return StreamRotations(joint=joint, txt=Rotation(cos[0], sin[0]), img=Rotation(cos[1], sin[1]))
 
-    def _run_double_blocks(self, txt: Tensor, img: Tensor, vec: Tensor, rotation: Rotation, pack: Pack) -> tuple[Tensor, Tensor]:
+    def _run_double_blocks(self, txt: Tensor, img: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> tuple[Tensor, Tensor]:
         for place, (number, block) in enumerate(self.double_blocks.items()):
 
             def run(txt_: Tensor, img_: Tensor, vec_: Tensor, block: nn.Module = block) -> tuple[Tensor, Tensor]:
-                result: tuple[Tensor, Tensor] = block(txt_, img_, vec_, rotation, pack)
+                result: tuple[Tensor, Tensor] = block(txt_, img_, vec_, rotations, pack)
                 return result
 
             with self._fp8(int(number)):
                 txt, img = _maybe_recompute(run, place < self.stage.recompute_double, txt, img, vec)
         return txt, img
 
-    def _run_single_blocks(self, joint: Tensor, vec: Tensor, rotation: Rotation, pack: Pack) -> Tensor:
+    def _run_single_blocks(self, joint: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> Tensor:
         for place, (number, block) in enumerate(self.single_blocks.items()):
 
             def run(joint_: Tensor, vec_: Tensor, block: nn.Module = block) -> Tensor:
-                result: Tensor = block(joint_, vec_, rotation, pack)
+                result: Tensor = block(joint_, vec_, rotations, pack)
                 return result
 
             with self._fp8(self.model.num_double_blocks + int(number)):

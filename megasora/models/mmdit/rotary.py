@@ -18,6 +18,14 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
+class StreamRotations(NamedTuple):
+    """The rotation of a context rank's tokens: joint order, and each stream alone."""
+
+    joint: Rotation
+    txt: Rotation
+    img: Rotation
+
+
 def rotation_of(positions: Tensor, *, axes_dim: tuple[int, int, int], theta: float, dtype: torch.dtype) -> Rotation:
     """Angles position x theta^(-2i/d) for each axis of d dims (FLUX math.rope), concatenated over the axes.
 
@@ -35,32 +43,44 @@ def rotation_of(positions: Tensor, *, axes_dim: tuple[int, int, int], theta: flo
     return Rotation(joined.cos().to(dtype), joined.sin().to(dtype))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: int) -> Tensor:
-    """Rotate the pairs (i, i + K/2) by sign x angle, computed in the dtype of cos, returned in the dtype of x."""
-    half = x.shape[-1] // 2
-    out = torch.empty_like(x, dtype=cos.dtype, memory_format=torch.contiguous_format)
-    a, b = x[..., :half], x[..., half:]
-    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin, value=sign)
-    return out.to(x.dtype)
+class _NormRotate(torch.autograd.Function):
+    """RMSNorm over the head size with a learned scale, then the rotation, in one pass over the tensor.
 
-
-class _Rotate(torch.autograd.Function):
-    """Rotation; the backward rotates by the negative angle, so only the tables are kept."""
+    With u = x / rms(x) and pairs (a, b) = (i, i + K/2): out_a = u_a w_a cos - u_b w_b sin, out_b = u_b w_b cos + u_a w_a sin; the scale is
+    folded into the small tables. Everything is computed in the tables' dtype.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, sign=1)
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        half = x.shape[-1] // 2
+        rstd = torch.rsqrt(x.to(cos.dtype).square().mean(-1, keepdim=True) + eps)
+        w_a, w_b = weight.to(cos.dtype).split(half)
+        a, b = x[..., :half], x[..., half:]
+        out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+        torch.mul(a, cos * w_a, out=out[..., :half]).addcmul_(b, sin * w_b, value=-1)
+        torch.mul(b, cos * w_b, out=out[..., half:]).addcmul_(a, sin * w_a)
+        ctx.save_for_backward(x, weight, rstd, cos, sin)
+        return out.mul_(rstd).to(x.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _rotate(grad, cos, sin, sign=-1), None, None
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        x, weight, rstd, cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+        half = x.shape[-1] // 2
+        g_a, g_b = grad[..., :half], grad[..., half:]
+        rotated = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+        torch.mul(g_a, cos, out=rotated[..., :half]).addcmul_(g_b, sin)
+        torch.mul(g_b, cos, out=rotated[..., half:]).addcmul_(g_a, sin, value=-1)
+        unit = x * rstd
+        product = rotated * unit
+        scale = weight.to(cos.dtype)
+        grad_weight = product.sum((0, 1))
+        mean = (product @ scale).unsqueeze(-1) / x.shape[-1]
+        grad_x = rotated.mul_(scale).addcmul_(unit, mean, value=-1).mul_(rstd)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None, None
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate queries or keys [S, heads, K] by their tokens' angles."""
-    result: Tensor = _Rotate.apply(x, rotation.cos, rotation.sin)  # type: ignore[no-untyped-call]
+def norm_rotate(x: Tensor, *, weight: Tensor, rotation: Rotation, eps: float) -> Tensor:
+    """RMSNorm with scale [K], then rotation by the tokens' angles; queries or keys [S, heads, K]."""
+    result: Tensor = _NormRotate.apply(x, weight, rotation.cos, rotation.sin, eps)  # type: ignore[no-untyped-call]
     return result
