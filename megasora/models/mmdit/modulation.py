@@ -40,7 +40,7 @@ class _NormModulate(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
         x, mean, rstd, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         runs = ctx.runs  # type: ignore[attr-defined]
-        normed = ((x - mean) * rstd).to(grad.dtype)
+        normed = torch.addcmul(-mean * rstd, x.to(mean.dtype), rstd).to(grad.dtype)
         grad_scale = _segment_sum(grad * normed, runs)
         grad_shift = _segment_sum(grad, runs)
         grad_normed = grad * _per_token(1 + scale, runs)
