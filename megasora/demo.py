@@ -68,7 +68,8 @@ def main() -> None:
         run_dir = root / "run"
         data = ["--data.manifest", str(manifest), "--data.eval_manifest", str(held_out), "--checkpoint.interval_steps", "5"]
         layout = ["--parallel.tensor_model_parallel_size", "2"]
-        _train(run_dir, [*data, *layout, "--parallel.pipeline_model_parallel_size", "2"])
+        shown = ["--evaluation.sample_interval_steps", str(STEPS // 2), "--evaluation.sample_prompts", FOOTAGE[0].caption]
+        _train(run_dir, [*data, *layout, *shown, "--parallel.pipeline_model_parallel_size", "2"])
         first = _losses(run_dir)
         _say(f"3. the last {REPEATED} steps again, from the checkpoint, as TP2 x CP2")
         again = _copy_run(run_dir, root / "run_again", step=STEPS - REPEATED)

@@ -255,6 +255,12 @@ def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:
 
 
 def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    if config.evaluation.sample_interval_steps and not config.evaluation.sample_prompts:
+        yield Problem(
+            field="evaluation.sample_prompts",
+            message="is empty, but sample_interval_steps is set",
+            cure='add --evaluation.sample_prompts "A cat" "A dog"',
+        )
     unit = config.encoders.spatial_compression * config.model.patch_size
     for name in ("height", "width"):
         if getattr(config.sample, name) % unit or getattr(config.sample, name) < unit:

@@ -14,9 +14,9 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megasora.config.schema import RunConfig
-from megasora.data.captions import training_caption
 from megasora.data.decode import DecodeError, Decoder
 from megasora.data.plan import PlannedClip, request_of
+from megasora.diffusion.captions import training_caption
 from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of
 from megasora.models.encoders.bundle import Encoders

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasora.config.schema import RunConfig
-from megasora.data.captions import training_caption
 from megasora.data.decode import DecodeError, Decoder, DecodeRequest
 from megasora.data.loader import ClipLoader
 from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, next_step, request_of
+from megasora.diffusion.captions import training_caption
 from megasora.diffusion.conditions import condition_latent, draw_kind, given_frames
 from megasora.diffusion.flow import shift_of, training_time
 from megasora.diffusion.patchify import patchify

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class MetricsLog:
         if metrics.step % self.interval_steps == 0:
             self._progress.console.print(metrics.line(), highlight=False, markup=False, soft_wrap=True)
 
-    def add_video(self, name: str, video: Any, *, step: int, fps: float) -> None:
+    def add_video(self, name: str, video: Tensor, *, step: int) -> None:
         """Show a clip [3, T, H, W] in [-1, 1] in TensorBoard, as a row of frames."""
         if self.active and self._writer is not None:
             frames = video.clamp(-1, 1).add(1).div(2)

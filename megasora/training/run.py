@@ -30,6 +30,7 @@ from megasora.config.validate import raise_on_problems, refuse_missing_autoencod
 from megasora.data.decode import open_decoder
 from megasora.data.manifest import Manifest, read_manifest
 from megasora.data.plan import PlannedClip, SamplerState, plan_clips
+from megasora.data.video_writer import write_video
 from megasora.models.encoders.bundle import Encoders, load_encoders
 from megasora.models.mmdit.build import build_chunks
 from megasora.models.mmdit.initialization import initialize_weights
@@ -37,6 +38,7 @@ from megasora.models.mmdit.model import MMDiT
 from megasora.models.mmdit.schedule import run_schedule
 from megasora.models.mmdit.sharded_state import model_tensors
 from megasora.models.mmdit.weights import fill_parameters
+from megasora.models.sampler import Sampler
 from megasora.parallel import groups
 from megasora.parallel.groups import ParallelContext
 from megasora.perf.flops import training_flops
@@ -302,6 +304,7 @@ def _loop(
         log.say(f"nothing to do: {trainee.step} of {config.train.steps} steps are done; raise --train.steps to go on")
         return
     stop = StopRequest()
+    sampler = _sampler(trainee, config=config, encoders=encoders, context=context)
     feeder = Feeder(
         clips,
         config=config,
@@ -328,6 +331,9 @@ def _loop(
                 sync_parameters(trainee.wrapped, parallel=config.parallel)
             if evaluator is not None and evaluate:
                 events.append(_evaluation_event(evaluator, trainee))
+            if sampler is not None and (last or trainee.step % config.evaluation.sample_interval_steps == 0):
+                sync_parameters(trainee.wrapped, parallel=config.parallel)
+                events.append(_sample_event(sampler, config=config, context=context, step=trainee.step, log=log))
             if save:
                 events.append(_save(trainee, root, config=config, context=context, manifest=manifest))
             if result.stop:
@@ -398,6 +404,37 @@ def _gather_skips(batch: StepBatch, context: ParallelContext) -> list[tuple[str,
     gathered: list[Any] = [None] * context.world_size
     dist.all_gather_object(gathered, batch.skipped)
     return [skip for part in gathered for skip in part]
+
+
+def _sampler(trainee: Trainee, *, config: RunConfig, encoders: Encoders, context: ParallelContext) -> Sampler | None:
+    if not config.evaluation.sample_interval_steps:
+        return None
+    return Sampler(
+        trainee.chunks,
+        megatron_config=trainee.megatron_config,
+        model=config.model,
+        sample=config.sample,
+        flow=config.flow,
+        encoders=encoders,
+        context=context,
+    )
+
+
+def _sample_event(sampler: Sampler, *, config: RunConfig, context: ParallelContext, step: int, log: MetricsLog) -> dict[str, Any]:
+    """Sample the run's prompts on replica 0; rank 0 writes the clips and shows them in TensorBoard."""
+    folder = Path(str(config.run_dir)) / "samples"
+    files = [f"step_{step:08d}_{number:02d}.mp4" for number in range(len(config.evaluation.sample_prompts))]
+    for number, (prompt, file) in enumerate(zip(config.evaluation.sample_prompts, files, strict=True)):
+        if context.at.dp != 0:
+            break
+        encoded = sampler.encode(prompt, first_frame=None, text_tokens=config.data.text_tokens)
+        latent = sampler.sample(encoded, number=number)
+        if context.rank == 0:
+            video = sampler.encoders.vae.decode(latent).float()
+            folder.mkdir(exist_ok=True)
+            write_video(folder / file, video, fps=config.sample.fps)
+            log.add_video(f"samples/{number}", video, step=step)
+    return {"event": "sample", "files": files}
 
 
 def _evaluation_event(evaluator: Evaluator, trainee: Trainee) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def pixels(path: Path) -> torch.Tensor:
 def test_the_seed_gives_the_same_clip_in_every_layout(pool: RankPool, run_dir: Path, tmp_path: Path, image: bool) -> None:
     given = str(run_dir / "assets" / "clips" / "clip007.png") if image else None
     pool.run(1, sample_on_rank, str(run_dir), str(tmp_path / "one"), layout(), given)
-    pool.run(4, sample_on_rank, str(run_dir), str(tmp_path / "four"), layout(tp=2, cp=2), given)
+    parallel = layout(tp=2, pp=2, vp=2) if image else layout(tp=2, cp=2)
+    pool.run(4, sample_on_rank, str(run_dir), str(tmp_path / "four"), parallel, given)
     one, four = (tmp_path / name / "sample_000.mp4" for name in ("one", "four"))
     with av.open(str(one)) as container:
         stream = container.streams.video[0]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megasora.data.buckets import choose_frames, choose_size, stride_to, token_grid
-from megasora.data.captions import inference_caption, training_caption
 from megasora.data.plan import SamplerState, assign_packs, next_step, sample_cost
+from megasora.diffusion.captions import inference_caption, training_caption
 
 TOKENS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
