@@ -23,6 +23,7 @@ from megasora import recipes
 from megasora.config.errors import UserError
 from megasora.config.io import dump, load_yaml, to_dict
 from megasora.config.parameters import parameter_count
+from megasora.config.pipeline_split import chunk_lengths, stage_parameters
 from megasora.config.schema import RunConfig
 from megasora.config.validate import model_state_bytes, problems, raise_on_problems, refuse_missing_autoencoder
 
@@ -253,6 +254,9 @@ def _validate(arguments: list[str]) -> None:
     table = Table(title=f"{config.recipe} on {gpus} GPU(s): no problems", show_header=False)
     parallel = config.parallel
     table.add_row("parameters", f"{parameter_count(config.model):,}")
+    if parallel.pipeline_model_parallel_size > 1:
+        table.add_row("blocks per chunk, in pipeline order", " ".join(map(str, chunk_lengths(config.model, parallel))))
+        table.add_row("parameters per stage", " ".join(f"{count / 1e9:.2f} B" for count in stage_parameters(config.model, parallel)))
     table.add_row("data parallel size", str(gpus // parallel.model_parallel_size))
     table.add_row("weights, gradients, optimizer, EMA", f"{model_state_bytes(config, world_size=gpus) / 1e9:.1f} GB on the fullest GPU")
     table.add_row("tokens per step", f"{config.data.global_tokens:,}")

@@ -29,8 +29,8 @@ def modulation_parameters(model: ModelConfig) -> int:
     return blocks * (h * h + h)
 
 
-def parameter_count(model: ModelConfig) -> int:
-    """All parameters."""
+def embedder_parameters(model: ModelConfig) -> int:
+    """Parameters before the blocks: what pipeline stage 0 holds besides its blocks."""
     h = model.hidden_size
     embedders = _linear(model.in_channels, h) + _linear(model.text_dim, h)
     vectors = _linear(model.time_dim, h) + _linear(h, h) + _linear(model.vec_dim, h) + _linear(h, h)
@@ -38,6 +38,16 @@ def parameter_count(model: ModelConfig) -> int:
         vectors += _linear(model.time_dim, h) + _linear(h, h)
     if model.cond_embed:
         embedders += _linear(model.cond_channels, h)
-    final = _linear(h, 2 * h) + _linear(h, model.in_channels)
+    return embedders + vectors
+
+
+def final_layer_parameters(model: ModelConfig) -> int:
+    """Parameters of the last layer, which the last pipeline stage holds."""
+    h = model.hidden_size
+    return _linear(h, 2 * h) + _linear(h, model.in_channels)
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """All parameters."""
     blocks = model.num_double_blocks * double_block_parameters(model) + model.num_single_blocks * single_block_parameters(model)
-    return embedders + vectors + blocks + final
+    return embedder_parameters(model) + blocks + final_layer_parameters(model)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megasora.config.errors import UserError
-from megasora.config.parameters import double_block_parameters, modulation_parameters, parameter_count, single_block_parameters
+from megasora.config.parameters import modulation_parameters
+from megasora.config.pipeline_split import chunk_lengths, stage_parameters
 from megasora.config.schema import RunConfig
 
 GPU_BYTES = 141e9
@@ -281,13 +282,10 @@ def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
 def model_state_bytes(config: RunConfig, *, world_size: int) -> float:
     """Bytes of weights, gradients, optimizer and EMA on the fullest rank (facts: bf16 2 + fp32 gradients 4, fp32 master and moments 12 and
     EMA 4 over the ranks that share them); activations come on top."""
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     shards = max(1, world_size // (tp * pp))
-    blocks = [double_block_parameters(model)] * model.num_double_blocks + [single_block_parameters(model)] * model.num_single_blocks
-    rest = parameter_count(model) - sum(blocks)
-    per_stage = -(-len(blocks) // pp)
-    fullest = max(sum(blocks[start : start + per_stage]) for start in range(0, len(blocks), per_stage)) + rest
+    fullest = max(stage_parameters(config.model, parallel))
     weight_bytes = 4 if config.precision.dtype == "fp32" else 2
     master = 8 if config.precision.dtype == "fp32" else 12
     ema = 4 if config.optimizer.ema_decay > 0 else 0
@@ -297,6 +295,10 @@ def model_state_bytes(config: RunConfig, *, world_size: int) -> float:
 def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
     if config.device == "cpu":
         return
+    try:
+        chunk_lengths(config.model, config.parallel)
+    except UserError:
+        return  # `_layout` says what is wrong with the split
     needed = model_state_bytes(config, world_size=world_size)
     if needed > GPU_BYTES:
         yield Problem(

@@ -76,6 +76,8 @@ class ClipLoader:
             return self._decoder.decode(request)
         except DecodeError as error:
             return error
+        except Exception as error:  # noqa: BLE001 (a decoder's own bug on a strange file costs that clip, not the run)
+            return DecodeError(f"{request.path}: {type(error).__name__}: {error}")
 
     def _result(self, future: Future[Decoded]) -> Decoded:
         try:

@@ -37,6 +37,8 @@ class Clip:
     crop: tuple[int, int, int, int] | None = None
     """(x, y, width, height) in source pixels, cut before resizing."""
     motion_score: float | None = None
+    row: int = 0
+    """Number of its row in the manifest, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,7 @@ def _clip(row: Mapping[str, Any], number: int, folder: Path) -> Clip:
         start_frame=start,
         crop=crop,  # type: ignore[arg-type]
         motion_score=motion,
+        row=number,
     )
 
 

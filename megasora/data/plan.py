@@ -90,13 +90,13 @@ def plan_clips(
     """
     planned: list[PlannedClip] = []
     skipped: list[SkippedRow] = []
-    for number, clip in enumerate(clips):
+    for clip in clips:
         try:
             planned.append(plan_clip(clip, data=data, encoders=encoders, patch_size=model.patch_size))
         except UserError:
             raise
         except ValueError as error:
-            skipped.append(SkippedRow(row=number, reason=str(error)))
+            skipped.append(SkippedRow(row=clip.row, reason=str(error)))
     if not planned:
         raise UserError(f"no clip can be used; the first: {skipped[0].reason}")
     return tuple(planned), tuple(skipped)

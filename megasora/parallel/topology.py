@@ -1,11 +1,10 @@
-"""Arithmetic of a layout: which coordinates a rank has and which blocks a pipeline stage owns. No torch, no process group.
+"""Arithmetic of a layout: which coordinates a rank has. No torch, no process group.
 
 Rank order is Megatron's `tp-cp-ep-dp-pp` (tp fastest, pp slowest), so that the ranks of one tensor group are neighbours on a node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megasora.config.errors import UserError
@@ -83,45 +82,3 @@ def topology_of(parallel: ParallelConfig, *, world_size: int) -> Topology:
         pp=parallel.pipeline_model_parallel_size,
         vp=parallel.virtual_pipeline_model_parallel_size,
     )
-
-
-def split_by_cost(costs: Sequence[float], num_chunks: int) -> tuple[int, ...]:
-    """Lengths of `num_chunks` runs of `costs` whose largest sum is smallest; every run has at least one block.
-
-    Linear partition by dynamic programming; ties give the earlier chunk fewer blocks. O(chunks x blocks^2), exact.
-
-    Raises:
-        UserError: fewer blocks than chunks.
-    """
-    n = len(costs)
-    if num_chunks > n:
-        raise UserError(f"{n} blocks cannot fill {num_chunks} pipeline chunks (PP x VP); use at most {n}")
-    prefix = [0.0]
-    for cost in costs:
-        prefix.append(prefix[-1] + cost)
-    best = [[float("inf")] * (n + 1) for _ in range(num_chunks + 1)]
-    cut = [[0] * (n + 1) for _ in range(num_chunks + 1)]
-    best[0][0] = 0.0
-    for k in range(1, num_chunks + 1):
-        for end in range(k, n + 1):
-            for start in range(k - 1, end):
-                worst = max(best[k - 1][start], prefix[end] - prefix[start])
-                if worst < best[k][end] * (1 - 1e-12):
-                    best[k][end], cut[k][end] = worst, start
-    lengths: list[int] = []
-    end = n
-    for k in range(num_chunks, 0, -1):
-        start = cut[k][end]
-        lengths.append(end - start)
-        end = start
-    return tuple(reversed(lengths))
-
-
-def chunk_blocks(lengths: Sequence[int], *, pp_rank: int, pp_size: int, vp_stage: int) -> range:
-    """Indices (into the list of double then single blocks) owned by chunk `vp_stage` of stage `pp_rank`.
-
-    Interleaving: chunk v of stage p is number v x PP + p in pipeline order.
-    """
-    order = vp_stage * pp_size + pp_rank
-    start = sum(lengths[:order])
-    return range(start, start + lengths[order])

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -108,17 +109,21 @@ class MetricsLog:
         if metrics.step % self.interval_steps == 0:
             self._progress.console.print(metrics.line(), highlight=False, markup=False, soft_wrap=True)
 
-    def add_video(self, name: str, video: Tensor, *, step: int) -> None:
-        """Show a clip [3, T, H, W] in [-1, 1] in TensorBoard, as a row of frames."""
+    def add_images(self, name: str, images: Tensor, *, step: int) -> None:
+        """Show images uint8 [N, 3, H, W] in TensorBoard on rank 0."""
         if self.active and self._writer is not None:
-            frames = video.clamp(-1, 1).add(1).div(2)
-            strip = frames[:, :: max(1, frames.shape[1] // 6)].permute(1, 0, 2, 3)
-            self._writer.add_images(name, strip.float().cpu(), step)
+            self._writer.add_images(name, images, step)
 
     def say(self, text: str) -> None:
         """A line for the log on rank 0."""
         if self.active:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def film_strip(video: Tensor, *, frames: int = 6) -> Tensor:
+    """About `frames` evenly spaced frames, uint8 [N, 3, H, W], of a clip [3, T, H, W] in [-1, 1]."""
+    chosen = video[:, :: max(1, video.shape[1] // frames)].permute(1, 0, 2, 3)
+    return chosen.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
 
 
 def _finite(value: Any) -> Any:

@@ -46,7 +46,7 @@ from megasora.perf.peaks import peak_bf16_tflops
 from megasora.training.assets import with_assets
 from megasora.training.evaluation import Evaluator
 from megasora.training.feed import Feeder, StepBatch
-from megasora.training.metrics import MetricsLog, StepMetrics
+from megasora.training.metrics import MetricsLog, StepMetrics, film_strip
 from megasora.training.microbatch import velocity_loss
 from megasora.training.optimizer import (
     EMA,
@@ -421,19 +421,24 @@ def _sampler(trainee: Trainee, *, config: RunConfig, encoders: Encoders, context
 
 
 def _sample_event(sampler: Sampler, *, config: RunConfig, context: ParallelContext, step: int, log: MetricsLog) -> dict[str, Any]:
-    """Sample the run's prompts on replica 0; rank 0 writes the clips and shows them in TensorBoard."""
+    """Sample the run's prompts, shared out over the replicas, whose first ranks write the clips; rank 0 shows them in TensorBoard."""
     folder = Path(str(config.run_dir)) / "samples"
     files = [f"step_{step:08d}_{number:02d}.mp4" for number in range(len(config.evaluation.sample_prompts))]
-    for number, (prompt, file) in enumerate(zip(config.evaluation.sample_prompts, files, strict=True)):
-        if context.at.dp != 0:
-            break
-        encoded = sampler.encode(prompt, first_frame=None, text_tokens=config.data.text_tokens)
-        latent = sampler.sample(encoded, number=number)
-        if context.rank == 0:
+    leads = context.at.tp == context.at.cp == context.at.pp == 0
+    own: dict[int, torch.Tensor] = {}
+    for number in range(context.at.dp, len(files), context.topology.dp):
+        prompt = sampler.encode(config.evaluation.sample_prompts[number], first_frame=None, text_tokens=config.data.text_tokens)
+        latent = sampler.sample(prompt, number=number)
+        if leads:
             video = sampler.encoders.vae.decode(latent).float()
             folder.mkdir(exist_ok=True)
-            write_video(folder / file, video, fps=config.sample.fps)
-            log.add_video(f"samples/{number}", video, step=step)
+            write_video(folder / files[number], video, fps=config.sample.fps)
+            own[number] = film_strip(video)
+    shares: list[dict[int, torch.Tensor]] = [{} for _ in range(context.topology.dp)]
+    if leads:
+        dist.all_gather_object(shares, own, group=context.pg_collection.dp)
+    for number, strip in sorted((number, strip) for share in shares for number, strip in share.items()):
+        log.add_images(f"samples/{number}", strip, step=step)
     return {"event": "sample", "files": files}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megasora import recipes
 from megasora.checkpoint import store
@@ -164,3 +166,20 @@ def test_a_bf16_run_goes_on_exactly_where_it_stopped(pool: RankPool, tmp_path: P
         one = open_source(store.step_folder(tmp_path / "straight" / "checkpoints", 8), select=select)  # type: ignore[arg-type]
         other = open_source(store.step_folder(tmp_path / "stopped" / "checkpoints", 8), select=select)  # type: ignore[arg-type]
         assert all(torch.equal(one.read(key), other.read(key)) for key in one.shapes)
+
+
+def test_replicas_share_out_the_sample_clips(pool: RankPool, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "run", steps=2, parallel=layout(tp=2))
+    config = replace(
+        config,
+        train=replace(config.train, tensorboard=True),
+        evaluation=replace(config.evaluation, sample_interval_steps=2, sample_prompts=("a", "b", "c")),
+        sample=replace(config.sample, steps=2),
+    )
+    pool.run(4, train_on_rank, config)
+    (event,) = [event for record in metrics(tmp_path / "run") for event in record["events"] if event["event"] == "sample"]
+    assert event["files"] == [f"step_00000002_{number:02d}.mp4" for number in range(3)]
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == event["files"]
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert {tag for tag in board.Tags()["images"] if tag.startswith("samples/")} == {f"samples/{number}" for number in range(3)}

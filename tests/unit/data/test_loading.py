@@ -66,3 +66,14 @@ def test_a_hanging_clip_becomes_an_error_and_the_next_one_still_comes() -> None:
     finally:
         release.set()
         loader.close()
+
+
+def test_a_decoders_own_bug_costs_the_clip() -> None:
+    class Broken:
+        def decode(self, request: DecodeRequest) -> torch.Tensor:
+            raise OverflowError("cannot fit")
+
+    (step,) = ClipLoader(iter([[request(Path("odd.mp4"))]]), decoder=Broken(), workers=1, ahead=1)
+    (error,) = step.clips
+    assert isinstance(error, DecodeError)
+    assert str(error) == "odd.mp4: OverflowError: cannot fit"
