@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore")
 from diffusers import FluxTransformer2DModel  # noqa: E402
 
 from megasora.checkpoint.formats.mapping import CanonicalReader  # noqa: E402
+from megasora.checkpoint.tensors import StateDictReader  # noqa: E402
 from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig  # noqa: E402
 from megasora.models.mmdit.build import build_chunks  # noqa: E402
 from megasora.models.mmdit.model import ModelInputs  # noqa: E402
@@ -41,22 +42,6 @@ MODEL = ModelConfig(
     vec_dim=128,
     cond_embed=False,
 )
-
-
-class StateReader:
-    """A state dict as a weight file."""
-
-    def __init__(self, state: dict[str, torch.Tensor]) -> None:
-        self.state = state
-
-    def keys(self) -> list[str]:
-        return list(self.state)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.state[key].shape)
-
-    def read(self, key: str) -> torch.Tensor:
-        return self.state[key]
 
 
 def build() -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -79,7 +64,7 @@ def build() -> tuple[torch.nn.Module, torch.nn.Module]:
     parallel = ParallelConfig()
     context = groups.initialize(parallel, device=device, num_attention_heads=MODEL.num_attention_heads, seed=0)
     chunks, _ = build_chunks(MODEL, parallel, PrecisionConfig(dtype="fp32"), context=context)
-    reader = CanonicalReader(StateReader(theirs.state_dict()), fmt="diffusers", model=MODEL)
+    reader = CanonicalReader(StateDictReader(theirs.state_dict()), fmt="diffusers", model=MODEL)
     fill_parameters(chunks, reader.read, known=reader.shapes, model=MODEL, context=context)
     return chunks[0], theirs
 

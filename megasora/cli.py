@@ -12,10 +12,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
@@ -35,8 +35,6 @@ LATER = {
     "dryrun": "the dry run",
     "study": "scaling studies",
     "data": "the data pyramid and the encoder to shards",
-    "inspect": "looking into weight files",
-    "compare": "comparing weight files",
 }
 """Commands of the contract that this version does not have yet; they refuse, they are not missing."""
 
@@ -86,18 +84,64 @@ class SampleArgs:
     seed: int | None = None
 
 
+WeightFormat = Literal["flux", "diffusers", "opensora", "opensora-fused", "megasora"]
+TargetFormat = WeightFormat | Literal["peft", "kohya", "hunyuan-vae", "diffusers-vae"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertArgs:
-    """Weights from one format to another."""
+    """Weights from one format to another, tensor by tensor; an interrupted conversion goes on where it stopped."""
 
-    source_format: Annotated[Literal["auto", "flux", "diffusers", "opensora", "opensora-fused", "megasora"], tyro.conf.arg(name="from")] = (
-        "auto"
-    )
-    target_format: Annotated[Literal["flux", "diffusers", "opensora", "opensora-fused"], tyro.conf.arg(name="to")]
-    drop_cond: bool = False
-    """Export a model with an image condition to a format without: fold cond_in.bias into img_in.bias, drop cond_in.weight (lossy)."""
+    source_format: Annotated[WeightFormat | Literal["auto"], tyro.conf.arg(name="from")] = "auto"
+    """Format of the source; auto looks at its tensors."""
+    target_format: Annotated[TargetFormat, tyro.conf.arg(name="to")]
+    """Format of the target; of a LoRA adapter its naming (diffusers, peft, kohya), of an autoencoder hunyuan-vae or diffusers-vae."""
     select: Literal["model", "master", "ema"] = "model"
     """Which weights of a training checkpoint."""
+    init: Literal["open-sora-v2"] | None = None
+    """Make an initialisation of Open-Sora v2 from FLUX: cond_in is added, all zero, guidance_in is dropped."""
+    drop_cond: bool = False
+    """Export a model with an image condition to a format without: fold cond_in.bias into img_in.bias, drop cond_in.weight (lossy)."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Type of every floating-point tensor of the target; None keeps each as it is."""
+    merge_lora: Path | None = None
+    """LoRA adapter (PEFT folder, diffusers or kohya file) to merge into the weights."""
+    lora_scale: float = 1.0
+    """Factor of what the adapter adds."""
+    verify: bool = False
+    """Replay the inverse and compare bits afterwards; a target that is already complete is only verified."""
+    axes_dim: Axes | None = None
+    """Rotary dims per axis; None takes what the file says, or K/8, 7K/16, 7K/16."""
+    shard_gb: float = 10.0
+    """Most gigabytes (1e9 bytes) of a shard, where the target is a folder."""
+    workers: int | None = None
+    """Threads; None takes the machine's cores, at most 4."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArgs:
+    """What a file or folder of weights is."""
+
+    json: bool = False
+    """Print JSON."""
+    tensors: bool = False
+    """List every tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareArgs:
+    """Two sets of weights, tensor by tensor; of different formats by canonical names."""
+
+    rtol: float | None = None
+    """Count tensors as equal when the largest difference is at most this fraction of B's largest magnitude; None asks for equal bits."""
+    select: Literal["model", "master", "ema"] = "model"
+    """Which weights of a training checkpoint."""
+    json: bool = False
+    """Print JSON with every tensor."""
+    top: int = 10
+    """Tensors to list, the most different first."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -330,24 +374,105 @@ def _partition(arguments: list[str], own: set[str]) -> tuple[list[str], list[str
     return mine, rest
 
 
-def _convert(arguments: list[str]) -> None:
-    """SRC DST --to FORMAT [...]: weights between formats."""
-    if arguments[:1] in (["--help"], ["-h"]):
-        _parse(ConvertArgs, ["--help"], prog="megasora convert SRC DST")
-    if len(arguments) < 2 or any(argument.startswith("-") for argument in arguments[:2]):
-        raise UserError("convert needs a source and a target: megasora convert SRC DST --to opensora")
-    args = _parse(ConvertArgs, [_underscored(a) for a in arguments[2:]], prog="megasora convert")
-    from megasora.checkpoint.export import export_weights
+def _paths(arguments: list[str], count: int, *, usage: str, kind: Callable[..., Any]) -> list[Path]:
+    """The leading arguments that name files; `--help` shows the flags.
 
-    for note in export_weights(
-        Path(arguments[0]),
-        Path(arguments[1]),
-        source_format=args.source_format,
-        target_format=args.target_format,
-        drop_cond=args.drop_cond,
-        select=args.select,
-    ):
-        print(note)
+    Raises:
+        UserError: too few of them.
+    """
+    if arguments[:1] in (["--help"], ["-h"]):
+        _parse(kind, ["--help"], prog=usage)
+    if len(arguments) < count or any(argument.startswith("-") for argument in arguments[:count]):
+        raise UserError(f"usage: {usage} [flags]; --help lists the flags")
+    return [Path(argument) for argument in arguments[:count]]
+
+
+def _convert(arguments: list[str]) -> None:
+    """SRC DST --to FORMAT [...]: weights between formats, proved with --verify."""
+    source, target = _paths(arguments, 2, usage="megasora convert SRC DST --to FORMAT", kind=ConvertArgs)
+    args = _parse(ConvertArgs, [_underscored(a) for a in arguments[2:]], prog="megasora convert")
+    from megasora.checkpoint import autoencoder, export
+
+    given: Any
+    with _byte_bar(target.name) as bar:
+        if args.target_format in ("hunyuan-vae", "diffusers-vae"):
+            given = autoencoder.export_autoencoder(source, target, target_format=args.target_format)
+        elif export.is_adapter(source):
+            given = export.export_adapter(source, target, naming=args.target_format)
+        else:
+            given = export.export_weights(
+                source,
+                target,
+                source_format=args.source_format,
+                target_format=cast(WeightFormat, args.target_format),
+                select=args.select,
+                init=args.init,
+                drop_cond=args.drop_cond,
+                dtype=args.dtype,
+                merge_lora=args.merge_lora,
+                lora_scale=args.lora_scale,
+                axes_dim=args.axes_dim,
+                workers=args.workers,
+                shard_bytes=int(args.shard_gb * 1e9),
+                prove=args.verify,
+                on_start=bar.start,
+                on_progress=bar.advance,
+            )
+    if args.json:
+        proof = None if given.proof is None else to_dict(given.proof)
+        print(json.dumps({"source": str(source), "target": str(target), "lines": list(given.lines), "proof": proof}))
+    else:
+        print("\n".join(given.lines))
+
+
+class _ByteBar:
+    """Bytes and rate of a conversion on stderr, where that is a terminal."""
+
+    def __init__(self, name: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task("", total=None)
+
+    def start(self, done: int, total: int) -> None:
+        """Set where it starts and ends."""
+        self.progress.update(self.task, total=total, completed=done)
+
+    def advance(self, num_bytes: int) -> None:
+        """Count finished bytes."""
+        self.progress.advance(self.task, num_bytes)
+
+
+@contextlib.contextmanager
+def _byte_bar(name: str) -> Iterator[_ByteBar]:
+    bar = _ByteBar(name)
+    with bar.progress:
+        yield bar
+
+
+def _inspect(arguments: list[str]) -> None:
+    """PATH [--tensors] [--json]: what a file or folder of weights is."""
+    (path,) = _paths(arguments, 1, usage="megasora inspect PATH", kind=InspectArgs)
+    args = _parse(InspectArgs, [_underscored(a) for a in arguments[1:]], prog="megasora inspect")
+    from megasora.checkpoint.inspect import describe, render
+
+    facts = describe(path, tensors=args.tensors)
+    print(json.dumps(facts)) if args.json else render(facts)
+
+
+def _compare(arguments: list[str]) -> None:
+    """A B [--rtol R] [--json]: two sets of weights; exit code 0 equal, 1 different."""
+    a, b = _paths(arguments, 2, usage="megasora compare A B", kind=CompareArgs)
+    args = _parse(CompareArgs, [_underscored(word) for word in arguments[2:]], prog="megasora compare")
+    from megasora.checkpoint.compare import compare, render
+
+    result = compare(a, b, rtol=args.rtol, select=args.select)
+    print(json.dumps(result.as_dict())) if args.json else render(result, top=args.top)
+    if not result.equal:
+        _leave(1)
 
 
 def _doctor(arguments: list[str]) -> None:
@@ -405,5 +530,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "forward": _forward,
     "sample": _sample,
     "convert": _convert,
+    "inspect": _inspect,
+    "compare": _compare,
     "doctor": _doctor,
 }

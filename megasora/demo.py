@@ -214,7 +214,7 @@ def export(checkpoint: Path, folder: Path) -> Path:
     """Export release weights and the diffusers form; diffusers' class and ours must agree on the latter."""
     release = folder / "open_sora_v2_tiny.safetensors"
     for target, fmt, drop in ((release, "opensora", False), (folder / "diffusers.safetensors", "diffusers", True)):
-        for note in export_weights(checkpoint, target, target_format=fmt, drop_cond=drop):  # type: ignore[arg-type]
+        for note in export_weights(checkpoint, target, target_format=fmt, drop_cond=drop, prove=True).lines:  # type: ignore[arg-type]
             print(note)
     gap = compare_with_diffusers(folder / "diffusers.safetensors", folder)
     print(f"diffusers' FluxTransformer2DModel and megasora differ by {gap:.1e} (||a-b||/||b||, fp32)")

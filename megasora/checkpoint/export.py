@@ -1,82 +1,208 @@
-"""Writes weights in another system's format: one safetensors file, a manifest of hashes beside it."""
+"""From a path to a path: opens the source, plans, converts and proves. What `megasora convert` and the demo call."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, cast
 
-import torch
-from torch import Tensor
-
-from megasora import __version__
-from megasora.checkpoint.formats.mapping import foreign_tensors
-from megasora.checkpoint.formats.rules import Format
-from megasora.checkpoint.safetensors_io import write_safetensors
-from megasora.checkpoint.source import Select, WeightSource, open_source
+from megasora.checkpoint.conversion import Dtype, Init, plan_conversion
+from megasora.checkpoint.convert import SHARD_BYTES, OnProgress, convert
+from megasora.checkpoint.formats.lora import (
+    FORMAT_OF,
+    PREFIXES,
+    Adapter,
+    Naming,
+    adapter_tensors,
+    convert_adapter,
+    looks_like_adapter,
+    parse_adapter,
+)
+from megasora.checkpoint.formats.rules import FORMATS, Format
+from megasora.checkpoint.megatron_io import is_megatron_checkpoint
+from megasora.checkpoint.outputs import write_json
+from megasora.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
+from megasora.checkpoint.source import Axes, Select, open_source
+from megasora.checkpoint.verify import Proof, verify
 from megasora.config.errors import UserError
+from megasora.config.schema import ModelConfig
+
+OnStart = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What was done."""
+
+    lines: tuple[str, ...]
+    """For people: formats, lossy steps, counts, the proof."""
+    manifest: dict[str, Any]
+    proof: Proof | None
 
 
 def export_weights(
     source_path: Path,
     target: Path,
     *,
-    source_format: Format | str = "auto",
     target_format: Format,
-    drop_cond: bool = False,
+    source_format: Format | Literal["auto"] = "auto",
     select: Select = "model",
-) -> list[str]:
+    init: Init | None = None,
+    drop_cond: bool = False,
+    dtype: Dtype | None = None,
+    merge_lora: Path | None = None,
+    lora_scale: float = 1.0,
+    axes_dim: Axes | None = None,
+    workers: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    prove: bool = False,
+    on_start: OnStart | None = None,
+    on_progress: OnProgress | None = None,
+) -> Conversion:
     """Convert weights; the target appears only when complete.
 
-    Returns:
-        Lines that say what was done, lossy steps included.
+    Args:
+        source_path, source_format, select, axes_dim: see `open_source`.
+        target, workers, shard_bytes, on_start, on_progress: see `convert`.
+        target_format, init, drop_cond, dtype, lora_scale: see `plan_conversion`.
+        merge_lora: adapter to merge into the weights.
+        prove: verify after converting; a target that is already complete is only verified.
 
     Raises:
-        UserError: the target exists or is no .safetensors file, or the model has what the target format cannot hold.
+        UserError: see `open_source`, `plan_conversion`, `convert`, `verify`.
     """
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target} must end in .safetensors (sharded folders are not written by this version)")
+    if target_format not in FORMATS:
+        raise UserError(f"--to {target_format} is not for an MMDiT's weights; use one of {', '.join(FORMATS)}")
+    options = {
+        "select": select,
+        "init": init,
+        "drop_cond": drop_cond,
+        "dtype": dtype,
+        "merge_lora": None if merge_lora is None else merge_lora.name,
+        "lora_scale": lora_scale if merge_lora is not None else None,
+    }
+    if prove and target.exists() and not source_path.exists():
+        gone = verify(target, plan=None, options=options)
+        return Conversion(lines=(f"{target} against its manifest; {source_path} is gone", *_proved(gone)), manifest={}, proof=gone)
+    source = open_source(source_path, fmt=source_format, axes_dim=axes_dim, select=select)
+    adapter = None if merge_lora is None else open_adapter(merge_lora, model=source.model)
+    plan = plan_conversion(source, target_format, init=init, drop_cond=drop_cond, dtype=dtype, adapter=adapter, lora_scale=lora_scale)
+    lines = [f"{source.fmt} -> {target_format}: {source_path} -> {target}", *plan.notes]
+    manifest: dict[str, Any] = {}
+    if not (prove and target.exists()):
+        manifest = convert(
+            plan, target, options=options, workers=workers, shard_bytes=shard_bytes, on_start=on_start, on_progress=on_progress
+        )
+        parameters = sum(item.info.numel for item in plan.targets.values())
+        lines.append(f"{len(plan.targets)} tensors, {parameters:,} parameters, {plan.num_bytes:,} bytes")
+    proof = verify(target, plan=plan, options=options) if prove else None
+    return Conversion(lines=(*lines, *(_proved(proof) if proof else ())), manifest=manifest, proof=proof)
+
+
+def _proved(proof: Proof) -> Iterator[str]:
+    yield f"verified: {proof.target_hashes} target tensors have the hashes of the manifest"
+    yield f"verified: {proof.inverted} source tensors come back bit for bit"
+    if proof.replayed:
+        yield f"verified: {proof.replayed} edited or cast tensors were made again from the source, bit for bit"
+    if proof.unproved:
+        yield f"not verified: {len(proof.unproved)} edited or cast tensors need the source"
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path holds a LoRA adapter."""
+    if not path.exists() or is_megatron_checkpoint(path) or (path / "transformer" / "config.json").is_file():
+        return False
+    return looks_like_adapter(SafetensorsReader(path).infos)
+
+
+def open_adapter(path: Path, *, model: ModelConfig | None) -> Adapter:
+    """Read a LoRA file or a PEFT folder.
+
+    Raises:
+        UserError: it is none.
+    """
+    reader = SafetensorsReader(path)
+    if not looks_like_adapter(reader.infos):
+        raise UserError(f"{path} is no LoRA adapter: no tensor is named lora_A, lora_B, lora_down or lora_up")
+    alphas, default = _peft_alphas(path if path.is_dir() else path.parent) if _is_peft(reader) else ({}, None)
+    return parse_adapter({key: reader.read(key) for key in reader.keys()}, alphas=alphas, default_alpha=default, model=model)
+
+
+def _is_peft(reader: SafetensorsReader) -> bool:
+    return any(key.startswith("base_model.model.") for key in reader.infos)
+
+
+def _peft_alphas(folder: Path) -> tuple[dict[str, float], float | None]:
+    """(alpha by module, default alpha) of PEFT's adapter_config.json.
+
+    Raises:
+        UserError: there is none, it is damaged, or it asks for more than plain LoRA.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for flag in ("use_dora", "use_rslora"):
+            if config.get(flag):
+                raise UserError(f"{path} sets {flag}, only plain LoRA is supported")
+        return {name: float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()}, float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"a PEFT adapter keeps its alpha in {path}, which cannot be read ({error})") from error
+
+
+def export_adapter(source: Path, target: Path, *, naming: str) -> Conversion:
+    """Convert a LoRA adapter to another naming; PEFT's is a folder, the others are one file.
+
+    Raises:
+        UserError: the source is no plain LoRA, or the target exists or has the wrong ending.
+    """
+    if naming not in PREFIXES:
+        raise UserError(f"{source} is a LoRA adapter: --to {naming} is no naming of adapters, use one of {', '.join(PREFIXES)}")
+    naming = cast(Naming, naming)
     if target.exists():
         raise UserError(f"{target} exists; remove it or choose another name")
-    source = open_source(source_path, fmt=source_format, select=select)  # type: ignore[arg-type]
-    notes = [f"{source.fmt} -> {target_format}: {source_path} -> {target}"]
-    folded = _fold_condition(source, target_format, drop_cond=drop_cond, notes=notes)
-    tensors = dict(foreign_tensors(folded.read, fmt=target_format, model=folded.model))
-    write_safetensors(target, tensors, metadata={"format": "pt", "megasora": __version__})
-    facts = {
-        "megasora": __version__,
-        "source": {"path": source_path.name, "format": source.fmt, "select": select},
-        "format": target_format,
-        "notes": notes[1:],
-        "tensors": {name: {"shape": list(tensor.shape), "sha256": sha256_of(tensor)} for name, tensor in sorted(tensors.items())},
-    }
-    manifest = target.with_name(target.name + ".manifest.json")
-    manifest.write_text(json.dumps(facts, indent=1) + "\n")
-    return [*notes, f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} parameters"]
-
-
-def sha256_of(tensor: Tensor) -> str:
-    """Hash of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _fold_condition(source: WeightSource, target_format: Format, *, drop_cond: bool, notes: list[str]) -> WeightSource:
-    """FLUX and diffusers have no cond_in: with `drop_cond` its bias goes into img_in.bias and its weight is dropped."""
-    if not source.model.cond_embed or target_format in ("opensora", "opensora-fused"):
-        return source
-    weight, bias = source.read("cond_in.weight"), source.read("cond_in.bias")
-    if bool(weight.any()) or bool(bias.any()):
-        if not drop_cond:
-            raise UserError(
-                f"{target_format} has no cond_in, and this model's is not zero; add --drop_cond to fold its bias and drop its weight"
+    if (target.suffix == ".safetensors") != (naming != "peft"):
+        wanted = "is a folder; leave out .safetensors" if naming == "peft" else "is one file; end it in .safetensors"
+        raise UserError(f"{target}: a {naming} adapter {wanted}")
+    adapter = open_adapter(source, model=None)
+    modules = convert_adapter(adapter, FORMAT_OF[naming])
+    tensors = adapter_tensors(modules, naming)
+    metadata = {"format": "pt"}
+    if naming == "peft":
+        with complete_folder(target) as folder:
+            write_safetensors(folder / "adapter_model.safetensors", tensors, metadata=metadata)
+            write_json(
+                folder / "adapter_config.json", _peft_config({name: (pair.a.shape[0], pair.alpha) for name, pair in modules.items()})
             )
-        notes.append("lossy: cond_in.weight is dropped, cond_in.bias is folded into img_in.bias")
-    model = replace(source.model, cond_embed=False)
-    shapes = {key: shape for key, shape in source.shapes.items() if not key.startswith("cond_in.")}
+    else:
+        write_safetensors(target, tensors, metadata=metadata)
+    lines = (f"{adapter.naming} ({adapter.fmt} modules) -> {naming} ({FORMAT_OF[naming]} modules): {source} -> {target}",
+             f"{len(adapter.modules)} modules became {len(modules)}")  # fmt: skip
+    return Conversion(lines=lines, manifest={}, proof=None)
 
-    def read(key: str) -> Tensor:
-        tensor = source.read(key)
-        return (tensor.float() + bias.float()).to(tensor.dtype) if key == "img_in.bias" else tensor
 
-    return replace(source, model=model, shapes=shapes, read=read)
+@contextmanager
+def complete_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder that gets its name when everything in it is written."""
+    partial = target.with_name(f".{target.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    yield partial
+    partial.rename(target)
+
+
+def _peft_config(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """adapter_config.json; ranks and alphas that differ from the first module's stand by module name."""
+    rank, alpha = next(iter(modules.values()))
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(modules),
+        "rank_pattern": {name: own for name, (own, _) in modules.items() if own != rank},
+        "alpha_pattern": {name: own for name, (_, own) in modules.items() if own != alpha},
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+    }

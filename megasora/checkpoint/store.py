@@ -21,11 +21,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megasora import __version__
+from megasora.checkpoint import manifests
 from megasora.config.errors import UserError
 
-MANIFEST = "manifest.json"
 TRACKER = "latest"
-FORMAT = "megasora-training-checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,38 +44,21 @@ def complete_checkpoints(root: Path) -> list[CheckpointEntry]:
     """Checkpoints whose manifest is there and whose files have the sizes it names, oldest first."""
     entries = []
     for folder in sorted(root.glob("step_*")) if root.is_dir() else []:
-        problem = problem_with(folder)
+        problem = manifests.problem_with(folder)
         if problem is None:
             entries.append(CheckpointEntry(path=folder, step=int(folder.name.removeprefix("step_"))))
     return entries
 
 
-def problem_with(folder: Path) -> str | None:
-    """Why a checkpoint folder cannot be used, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-        for name, facts in files.items():
-            size = (folder / name).stat().st_size
-            if size != facts["bytes"]:
-                return f"{name} has {size} bytes, its manifest says {facts['bytes']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest or a file is missing or unreadable ({error})"
-    return None
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """The manifest of a training checkpoint.
 
     Raises:
-        UserError: the folder is no complete checkpoint.
+        UserError: the folder is no complete training checkpoint.
     """
-    problem = problem_with(folder)
-    if problem is not None:
-        raise UserError(f"{folder} is no complete checkpoint: {problem}")
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder} is no megasora training checkpoint; its format is {manifest.get('format')!r}")
+    manifest = manifests.read(folder)
+    if manifest["format"] != manifests.TRAINING:
+        raise UserError(f"{folder} holds weights only, a run cannot go on from it; start one with --init.weights {folder}")
     return manifest
 
 
@@ -103,8 +85,8 @@ def save(root: Path, *, step: int, tensors: Mapping[str, ShardedTensor], state: 
     dist.barrier()
     files = _hash_own_files(temporary)
     if dist.get_rank() == 0:
-        manifest = {"format": FORMAT, "megasora": __version__, "step": step, "state": dict(state), "files": files}
-        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        manifest = {"format": manifests.TRAINING, "megasora": __version__, "step": step, "state": dict(state), "files": files}
+        _write_synced(temporary / manifests.NAME, json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _write_synced(root / f".{TRACKER}.tmp", final.name + "\n")

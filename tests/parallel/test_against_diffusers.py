@@ -12,28 +12,13 @@ from torch import Tensor
 
 from megasora.checkpoint.formats.detect import detect_model
 from megasora.checkpoint.formats.mapping import CanonicalReader
+from megasora.checkpoint.tensors import StateDictReader
 from megasora.inference.forward import run_forward
 from tests.pool import RankPool
 
 TOLERANCE = 1e-5
 """||a - b|| / ||b|| per tensor in fp32."""
 AXES = (4, 14, 14)
-
-
-class DictReader:
-    """Tensors from a dict, as a weight file."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def keys(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.tensors[key].shape)
-
-    def read(self, key: str) -> Tensor:
-        return self.tensors[key]
 
 
 def flux(guidance: bool) -> FluxTransformer2DModel:
@@ -108,7 +93,7 @@ def test_forward_and_gradients_agree(pool: RankPool, tmp_path: Path, world_size:
 
     ours = load_file(tmp_path / "out.safetensors")["pred"]
     assert (ours - prediction).norm() / prediction.norm() < TOLERANCE
-    gradients = DictReader({name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None})
+    gradients = StateDictReader({name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None})
     shapes = {key: gradients.shape(key) for key in gradients.keys()}
     expected = CanonicalReader(gradients, fmt="diffusers", model=detect_model(shapes, "diffusers", axes_dim=AXES))
     found = load_file(tmp_path / "grads.safetensors")

@@ -9,7 +9,6 @@ import torch
 
 from megasora.checkpoint.export import export_weights
 from megasora.checkpoint.formats.canonical import canonical_shapes
-from megasora.checkpoint.formats.mapping import CanonicalReader, foreign_tensors
 from megasora.checkpoint.formats.rules import FORMATS, Format, rules_of, to_canonical_order, to_foreign_order
 from megasora.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
 from megasora.checkpoint.source import open_source
@@ -71,15 +70,6 @@ def test_every_format_uses_each_canonical_row_once(fmt: Format) -> None:
     assert rows == {key: shape[0] for key, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_round_trip_returns_every_bit(fmt: Format, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    original = {key: torch.randn(shape, generator=generator) for key, shape in canonical_shapes(SMALL).items()}
-    write_safetensors(tmp_path / "w.safetensors", dict(foreign_tensors(original.__getitem__, fmt=fmt, model=SMALL)), metadata={})
-    reader = CanonicalReader(SafetensorsReader(tmp_path / "w.safetensors"), fmt=fmt, model=SMALL)
-    assert all(torch.equal(reader.read(key), tensor) for key, tensor in original.items())
-
-
 def test_rotary_rows_go_from_halves_to_neighbours() -> None:
     rows = torch.arange(8)
     assert to_foreign_order(rows, order="heads", head_dim=8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
@@ -116,6 +106,6 @@ def test_a_condition_is_folded_only_when_asked(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "w.safetensors", tensors, metadata={})
     with pytest.raises(UserError, match="drop_cond"):
         export_weights(tmp_path / "w.safetensors", tmp_path / "f.safetensors", target_format="flux")
-    notes = export_weights(tmp_path / "w.safetensors", tmp_path / "f.safetensors", target_format="flux", drop_cond=True)
+    notes = export_weights(tmp_path / "w.safetensors", tmp_path / "f.safetensors", target_format="flux", drop_cond=True).lines
     assert any("lossy" in note for note in notes)
     assert SafetensorsReader(tmp_path / "f.safetensors").read("img_in.bias").tolist() == [2.0] * 32

@@ -40,9 +40,13 @@ def detect_model(shapes: Shapes, fmt: Format, *, axes_dim: tuple[int, int, int] 
         text_dim, vec_dim, time_dim = (shapes[names[name]][1] for name in ("txt_in", "vector_in", "time_in"))
         (head_dim,) = shapes[names["scale"]]
         ffn = shapes[names["mlp"]][0]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"these look like {fmt} weights, but {error} is missing or has another rank") from error
-    cond = shapes.get("cond_in.weight")
+        if min(hidden, in_channels, text_dim, vec_dim, time_dim, head_dim, ffn) < 1 or hidden % head_dim:
+            raise ValueError(f"a size of {hidden} hidden, {head_dim} per head")
+        cond = shapes.get("cond_in.weight")
+        if cond is not None and (len(cond) != 2 or cond[1] <= in_channels):
+            raise ValueError(f"cond_in.weight {cond}")
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"these look like {fmt} weights, but {error} is missing or does not fit") from error
     patch_size = round((cond[1] - in_channels) ** 0.5) if cond else (1 if in_channels == 128 else 2)
     return ModelConfig(
         hidden_size=hidden,
@@ -86,6 +90,5 @@ _DIFFUSERS_NAMES = {
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """Blocks of a kind: one more than the largest number."""
-    numbers = [int(match.group(1)) for key in shapes if (match := re.match(pattern, key))]
-    return max(numbers, default=-1) + 1
+    """Blocks of a kind: as many as there are different numbers (a hole is found when the tensors are compared)."""
+    return len({match.group(1) for key in shapes if (match := re.match(pattern, key))})

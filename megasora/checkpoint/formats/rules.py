@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from megasora.checkpoint.formats.canonical import canonical_shapes
+from megasora.checkpoint.tensors import Rows
 from megasora.config.schema import ModelConfig
 
-Format = Literal["flux", "diffusers", "opensora", "opensora-fused"]
-FORMATS: tuple[Format, ...] = ("flux", "diffusers", "opensora", "opensora-fused")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Format = Literal["flux", "diffusers", "opensora", "opensora-fused", "megasora"]
+FORMATS: tuple[Format, ...] = ("flux", "diffusers", "opensora", "opensora-fused", "megasora")
+"""megasora: our distributed checkpoints, which hold the canonical tensors."""
 Order = Literal["same", "heads", "swap"]
 
 
@@ -45,27 +47,35 @@ class Rule:
     parts: tuple[Part, ...]
 
 
-def to_foreign_order(rows: Tensor, *, order: Order, head_dim: int) -> Tensor:
-    """Canonical rows in a foreign order."""
+RowsT = TypeVar("RowsT", "Tensor", Rows)
+
+
+def to_foreign_order(rows: RowsT, *, order: Order, head_dim: int) -> RowsT:
+    """Canonical rows (a torch tensor, or bytes) in a foreign order."""
     if order == "heads":
-        heads = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
-        return heads.transpose(1, 2).reshape(rows.shape)
-    if order == "swap":
-        return torch.cat(rows.chunk(2)[::-1])
-    return rows
+        return _exchange(rows, 2, head_dim // 2)
+    return _swapped(rows) if order == "swap" else rows
 
 
-def to_canonical_order(rows: Tensor, *, order: Order, head_dim: int) -> Tensor:
+def to_canonical_order(rows: RowsT, *, order: Order, head_dim: int) -> RowsT:
     """Inverse of `to_foreign_order`."""
     if order == "heads":
-        heads = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
-        return heads.transpose(1, 2).reshape(rows.shape)
-    return to_foreign_order(rows, order=order, head_dim=head_dim)
+        return _exchange(rows, head_dim // 2, 2)
+    return _swapped(rows) if order == "swap" else rows
+
+
+def _exchange(rows: RowsT, outer: int, inner: int) -> RowsT:
+    """Rows counted (outer, inner) within each head, counted (inner, outer)."""
+    return rows.reshape(-1, outer, inner, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)  # type: ignore[return-value]
+
+
+def _swapped(rows: RowsT) -> RowsT:
+    return rows.reshape(2, -1, *rows.shape[1:])[[1, 0]].reshape(rows.shape)  # type: ignore[return-value]
 
 
 def rules_of(fmt: Format, model: ModelConfig) -> tuple[Rule, ...]:
     """Every tensor of a model in a format; together they use each canonical tensor exactly once."""
-    if fmt == "opensora":
+    if fmt in ("opensora", "megasora"):
         return tuple(Rule(key=key, parts=(_whole(model, key),)) for key in canonical_shapes(model))
     if fmt == "diffusers":
         return tuple(_diffusers_rules(model))
