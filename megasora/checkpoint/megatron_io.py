@@ -12,6 +12,8 @@ import json
 import mmap
 import os
 import pickle
+import pickletools
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,7 +71,7 @@ class _Ordered(dict[Any, Any]):
     """Stands for an OrderedDict."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Dtype:
     name: str
 
@@ -159,6 +161,9 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 def _unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any], *, what: str) -> Any:
     try:
+        for operation, argument, _ in pickletools.genops(data):
+            if "PUT" in operation.name and int(argument) > len(data):
+                raise ValueError("it numbers more objects than it has bytes")  # the unpickler would allocate for all of them
         return _RestrictedUnpickler(io.BytesIO(data), allowed).load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise BadCheckpointError(f"{what} cannot be read: {str(error)[:200]}") from error
@@ -284,6 +289,22 @@ class _SliceFile(io.RawIOBase):
         return len(part)
 
 
+_DAMAGE = (
+    zipfile.BadZipFile,
+    struct.error,
+    KeyError,
+    ValueError,
+    TypeError,
+    IndexError,
+    NotImplementedError,
+    RuntimeError,
+    OverflowError,
+    OSError,
+    EOFError,
+)
+"""What reading a damaged archive can raise."""
+
+
 class MegatronReader:
     """Tensors of a checkpoint under one prefix (`model.`, `ema.`, `master.`), by their names without it.
 
@@ -348,12 +369,13 @@ class MegatronReader:
         try:
             with zipfile.ZipFile(_SliceFile(view)) as archive:
                 names = {name.split("/", 1)[-1]: name for name in archive.namelist()}
-                stored = _unpickle(archive.read(names["data.pkl"]), _TENSOR_GLOBALS, what=what)
+                description = _record(archive.getinfo(names["data.pkl"]), view)
+                stored = _unpickle(description.tobytes(), _TENSOR_GLOBALS, what=what)
                 if not isinstance(stored, _Stored) or stored.dtype != dtype or stored.size != chunk.shape:
                     raise ValueError("it is not the tensor the table of contents describes")
                 data = _record(archive.getinfo(names[f"data/{stored.storage}"]), view)
             return _strided(data, stored, ITEM_BYTES[dtype])
-        except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+        except _DAMAGE as error:
             raise BadCheckpointError(f"{what} is damaged: {str(error)[:200]}") from error
 
 

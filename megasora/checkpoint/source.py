@@ -124,16 +124,20 @@ def _axes_of(folder: Path) -> Axes | None:
 
 def _open_checkpoint(path: Path, select: Select) -> WeightSource:
     facts = manifests.read(path)
-    state = facts["state"] if facts["format"] == manifests.TRAINING else facts
-    model: ModelConfig = from_dict(state["model"], ModelConfig, path=str(path / manifests.NAME))
+    try:
+        state = facts["state"] if facts["format"] == manifests.TRAINING else facts
+        model: ModelConfig = from_dict(state["model"], ModelConfig, path=str(path / manifests.NAME))
+        dtype, ema_decay = (state["dtype"], float(state["ema_decay"])) if facts["format"] == manifests.TRAINING else (None, 0.0)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / manifests.NAME} does not describe a model: {error} is missing") from error
     if facts["format"] == manifests.WEIGHTS:
         if select != "model":
             raise UserError(f"--select {select}: {path} holds the model's weights only")
         part: str = "model"
     else:
         # an fp32 run's master weights are its parameters and are stored once
-        part = "model" if select == "master" and state["dtype"] == "fp32" else select
-        if select == "ema" and not state["ema_decay"] > 0:
+        part = "model" if select == "master" and dtype == "fp32" else select
+        if select == "ema" and not ema_decay > 0:
             raise UserError(f"{path} holds no EMA; use --select model")
     reader = MegatronReader(path, prefix=f"{part}.")
     canonical = CanonicalReader(reader, fmt="megasora", model=model)

@@ -1,0 +1,1 @@
+"""Weights in and out: conversion, proof, inspection, security."""
