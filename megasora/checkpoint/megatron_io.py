@@ -162,7 +162,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 def _unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any], *, what: str) -> Any:
     try:
         for operation, argument, _ in pickletools.genops(data):
-            if "PUT" in operation.name and int(argument) > len(data):
+            if "PUT" in operation.name and isinstance(argument, int) and argument > len(data):
                 raise ValueError("it numbers more objects than it has bytes")  # the unpickler would allocate for all of them
         return _RestrictedUnpickler(io.BytesIO(data), allowed).load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,3 +88,17 @@ def test_a_run_starts_from_exported_weights(pool: RankPool, run_dir: Path, tmp_p
     trained = open_source(checkpoint)
     # Adam moves an exact zero by the learning rate, everything else by less than its last bit
     assert all(float((started.read(key) - trained.read(key)).abs().max()) <= 1e-30 for key in trained.shapes)
+
+
+def test_any_layout_exports_the_same_file(pool: RankPool, run_dir: Path, tmp_path: Path) -> None:
+    checkpoint = store.step_folder(run_dir / "checkpoints", 3)
+    export_weights(checkpoint, tmp_path / "w.safetensors", target_format="opensora")
+    for name, world_size, parallel in (("one", 1, layout()), ("four", 4, layout(tp=2, pp=2))):
+        config = tiny_run(tmp_path / name, steps=1, parallel=parallel, optimizer={"lr": 1e-60})  # below fp32: nothing moves
+        pool.run(world_size, train_on_rank, replace(config, init=replace(config.init, weights=str(tmp_path / "w.safetensors"))))
+        trained = store.step_folder(tmp_path / name / "checkpoints", 1)
+        for select in ("model", "ema"):
+            target = tmp_path / f"{name}_{select}.safetensors"
+            export_weights(trained, target, target_format="opensora", select=select, prove=True)  # type: ignore[arg-type]
+    for select in ("model", "ema"):
+        assert filecmp.cmp(tmp_path / f"one_{select}.safetensors", tmp_path / f"four_{select}.safetensors", shallow=False)
