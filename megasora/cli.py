@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -147,6 +148,7 @@ class CompareArgs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; exits 0, or 2 after a user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")  # `megasora doctor` says so, once
     try:
         _dispatch(arguments)
     except UserError as error:
