@@ -396,7 +396,7 @@ def _convert(arguments: list[str]) -> None:
     from megasora.checkpoint import autoencoder, export
 
     given: Any
-    with _byte_bar(target.name) as bar:
+    with _byte_bar(target.name) as bar, _file_errors(f"{target} is not complete; run the same command again and it goes on"):
         if args.target_format in ("hunyuan-vae", "diffusers-vae"):
             given = autoencoder.export_autoencoder(source, target, target_format=args.target_format)
         elif export.is_adapter(source):
@@ -449,6 +449,23 @@ class _ByteBar:
 
 
 @contextlib.contextmanager
+def _file_errors(interrupted: str | None = None) -> Iterator[None]:
+    """Make the operating system's refusals one line, and say what an interruption leaves.
+
+    Raises:
+        UserError: a file cannot be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+    except KeyboardInterrupt:
+        if interrupted:
+            print(f"megasora: {interrupted}", file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
 def _byte_bar(name: str) -> Iterator[_ByteBar]:
     bar = _ByteBar(name)
     with bar.progress:
@@ -461,7 +478,8 @@ def _inspect(arguments: list[str]) -> None:
     args = _parse(InspectArgs, [_underscored(a) for a in arguments[1:]], prog="megasora inspect")
     from megasora.checkpoint.inspect import describe, render
 
-    facts = describe(path, tensors=args.tensors)
+    with _file_errors():
+        facts = describe(path, tensors=args.tensors)
     print(json.dumps(facts)) if args.json else render(facts)
 
 
@@ -471,7 +489,8 @@ def _compare(arguments: list[str]) -> None:
     args = _parse(CompareArgs, [_underscored(word) for word in arguments[2:]], prog="megasora compare")
     from megasora.checkpoint.compare import compare, render
 
-    result = compare(a, b, rtol=args.rtol, select=args.select)
+    with _file_errors():
+        result = compare(a, b, rtol=args.rtol, select=args.select)
     print(json.dumps(result.as_dict())) if args.json else render(result, top=args.top)
     if not result.equal:
         _leave(1)

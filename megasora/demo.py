@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import av
 import torch
@@ -213,10 +212,11 @@ def sample(run_dir: Path, checkpoint: Path, folder: Path) -> Path:
 def export(checkpoint: Path, folder: Path) -> Path:
     """Export release weights and the diffusers form; diffusers' class and ours must agree on the latter."""
     release = folder / "open_sora_v2_tiny.safetensors"
-    for target, fmt, drop in ((release, "opensora", False), (folder / "diffusers.safetensors", "diffusers", True)):
+    theirs = folder / "diffusers"
+    for target, fmt, drop in ((release, "opensora", False), (theirs, "diffusers", True)):
         for note in export_weights(checkpoint, target, target_format=fmt, drop_cond=drop, prove=True).lines:  # type: ignore[arg-type]
             print(note)
-    gap = compare_with_diffusers(folder / "diffusers.safetensors", folder)
+    gap = compare_with_diffusers(theirs, folder)
     print(f"diffusers' FluxTransformer2DModel and megasora differ by {gap:.1e} (||a-b||/||b||, fp32)")
     if gap > 1e-5:
         raise UserError(f"the exported weights give another prediction in diffusers: {gap:.1e} > 1e-5")
@@ -228,21 +228,8 @@ def compare_with_diffusers(weights: Path, folder: Path) -> float:
     from diffusers import FluxTransformer2DModel
     from safetensors.torch import load_file, save_file
 
-    model = open_source(weights, axes_dim=(4, 6, 6)).model
-    theirs = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=model.in_channels,
-        num_layers=model.num_double_blocks,
-        num_single_layers=model.num_single_blocks,
-        attention_head_dim=model.head_dim,
-        num_attention_heads=model.num_attention_heads,
-        joint_attention_dim=model.text_dim,
-        pooled_projection_dim=model.vec_dim,
-        guidance_embeds=False,
-        axes_dims_rope=model.axes_dim,
-    )
-    _match_time_embedding(theirs, model.time_dim)
-    theirs.load_state_dict(load_file(str(weights)))
+    model = open_source(weights).model
+    theirs = FluxTransformer2DModel.from_pretrained(weights)
     generator = torch.Generator().manual_seed(0)
     ids = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0), torch.arange(4.0))
     inputs = {
@@ -263,19 +250,10 @@ def compare_with_diffusers(weights: Path, folder: Path) -> float:
             txt_ids=torch.zeros(7, 3),
         ).sample
     save_file(inputs, str(folder / "inputs.safetensors"))
-    axes = [str(dim) for dim in model.axes_dim]
     files = ["--inputs", str(folder / "inputs.safetensors"), "--output", str(folder / "prediction.safetensors")]
-    _launch(["forward", "--weights", str(weights), *files, "--axes_dim", *axes, "--device", "cpu"], ranks=1)
+    _launch(["forward", "--weights", str(weights), *files, "--device", "cpu"], ranks=1)
     ours = load_file(str(folder / "prediction.safetensors"))["pred"]
     return float((ours - expected).norm() / expected.norm())
-
-
-def _match_time_embedding(flux: Any, time_dim: int) -> None:
-    """diffusers fixes 256 sinusoidal channels; a tiny model has fewer."""
-    embedding = flux.time_text_embed
-    embedding.time_proj.num_channels = time_dim
-    layer = embedding.timestep_embedder.linear_1
-    embedding.timestep_embedder.linear_1 = torch.nn.Linear(time_dim, layer.out_features)
 
 
 if __name__ == "__main__":

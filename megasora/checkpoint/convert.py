@@ -21,7 +21,7 @@ from typing import Any
 
 from megasora import __version__
 from megasora.checkpoint import manifests
-from megasora.checkpoint.conversion import Plan
+from megasora.checkpoint.conversion_plan import Plan
 from megasora.checkpoint.outputs import JOURNAL, MegatronOutput, Output, Place, SafetensorsOutput
 from megasora.checkpoint.tensors import Rows
 from megasora.config.errors import UserError

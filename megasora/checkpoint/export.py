@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from megasora.checkpoint.conversion import Dtype, Init, plan_conversion
+from megasora.checkpoint.conversion_plan import Dtype, Init, plan_conversion
 from megasora.checkpoint.convert import SHARD_BYTES, OnProgress, convert
 from megasora.checkpoint.formats.lora import (
     FORMAT_OF,

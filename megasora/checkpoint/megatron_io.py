@@ -1,7 +1,8 @@
 """Megatron distributed checkpoints (torch_dist) tensor by tensor: read without executing anything in them, written without a world.
 
 The folder keeps its table of contents (`.metadata`) and every piece of a tensor as a pickle. Both are read by unpicklers whose only
-globals are the inert records below; a name outside the table is refused. Sources: torch/distributed/checkpoint/{metadata,filesystem}.py,
+globals are the inert stand-ins below; a name outside the table is refused. Stand-ins that outlive a load are strings and functions: a
+pickle can call an object's __setstate__, so nothing shared may have one. Sources: torch/distributed/checkpoint/{metadata,filesystem}.py,
 megatron/core/dist_checkpointing/core.py (metadata.json, common.pt), torch/serialization.py (the zip of a saved tensor).
 """
 
@@ -71,11 +72,6 @@ class _Ordered(dict[Any, Any]):
     """Stands for an OrderedDict."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Dtype:
-    name: str
-
-
 def _size(*arguments: Any) -> tuple[int, ...]:
     (values,) = arguments or ((),)
     if not isinstance(values, tuple | list) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
@@ -91,7 +87,7 @@ _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _same,
     ("collections", "OrderedDict"): _Ordered,
-    **{("torch", torch_name): _Dtype(name) for torch_name, name in _DTYPES.items()},
+    **{("torch", torch_name): name for torch_name, name in _DTYPES.items()},
     **{
         (f"torch.distributed.checkpoint.{module}", name): _Record
         for module, names in {
@@ -134,7 +130,7 @@ def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Sto
 _TENSOR_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
     ("collections", "OrderedDict"): _Ordered,
-    **{("torch", name): _Dtype(dtype) for name, dtype in _STORAGES.items()},
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 
 
@@ -154,9 +150,9 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """(type, key) of a storage."""
         kind, dtype, key = pid[0], pid[1], pid[2]
-        if kind != "storage" or not isinstance(dtype, _Dtype) or not isinstance(key, str):
+        if kind != "storage" or dtype not in ITEM_BYTES or not isinstance(key, str):
             raise pickle.UnpicklingError("a storage is not described by type and name")
-        return dtype.name, key
+        return dtype, key
 
 
 def _unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any], *, what: str) -> Any:
@@ -232,7 +228,9 @@ def _contents(record: _Record) -> dict[str, StoredTensor]:
         if not isinstance(entry.state, dict) or "properties" not in entry.state:
             continue
         dtype = entry.field("properties").state[0]
-        info = TensorInfo(dtype=dtype.name, shape=entry.field("size"))
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            raise ValueError(f"{key} has no type of a tensor")
+        info = TensorInfo(dtype=dtype, shape=_size(entry.field("size")))
         chunks = []
         for chunk in entry.field("chunks"):
             offset = chunk.field("offsets")
@@ -372,7 +370,7 @@ class MegatronReader:
                 description = _record(archive.getinfo(names["data.pkl"]), view)
                 stored = _unpickle(description.tobytes(), _TENSOR_GLOBALS, what=what)
                 if not isinstance(stored, _Stored) or stored.dtype != dtype or stored.size != chunk.shape:
-                    raise ValueError("it is not the tensor the table of contents describes")
+                    raise ValueError(f"it is {stored}, the table of contents describes {dtype} {chunk.shape}")
                 data = _record(archive.getinfo(names[f"data/{stored.storage}"]), view)
             return _strided(data, stored, ITEM_BYTES[dtype])
         except _DAMAGE as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megasora.checkpoint.conversion import Plan
+from megasora.checkpoint.conversion_plan import Plan
 from megasora.checkpoint.convert import manifest_of, sha256_of
 from megasora.checkpoint.formats.mapping import compose, read_segments
 from megasora.checkpoint.source import open_source

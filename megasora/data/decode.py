@@ -7,13 +7,10 @@ per pixel, so one run uses one decoder.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from megasora.config.errors import UserError
 
 
 class DecodeError(Exception):
@@ -50,26 +47,3 @@ def covering_size(source: tuple[int, int], target: tuple[int, int]) -> tuple[int
     """Smallest (height, width) with the source's aspect that covers the target."""
     scale = max(target[0] / source[0], target[1] / source[1])
     return max(target[0], round(source[0] * scale)), max(target[1], round(source[1] * scale))
-
-
-def open_decoder(kind: Literal["auto", "pyav", "dali"], *, device: torch.device) -> Decoder:
-    """The run's decoder; `auto` takes DALI on CUDA when it is installed, PyAV otherwise.
-
-    Raises:
-        UserError: DALI is asked for and not installed.
-    """
-    if kind == "dali" or (kind == "auto" and device.type == "cuda" and _dali_installed()):
-        if not _dali_installed():
-            raise UserError('decoder dali needs nvidia-dali: pip install "megasora[data]", or use --data.decoder pyav')
-        from megasora.data.decode_dali import DaliDecoder
-
-        return DaliDecoder(device=device)
-    from megasora.data.decode_pyav import PyAVDecoder
-
-    return PyAVDecoder()
-
-
-def _dali_installed() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None

@@ -30,7 +30,6 @@ def tiny() -> RunConfig:
             in_channels=64,
             text_dim=64,
             vec_dim=32,
-            time_dim=64,
             axes_dim=(4, 6, 6),
         ),
         precision=PrecisionConfig(dtype="fp32"),

@@ -27,7 +27,7 @@ from megasora.config.errors import UserError
 from megasora.config.io import save_yaml, to_dict
 from megasora.config.schema import RunConfig
 from megasora.config.validate import raise_on_problems, refuse_missing_autoencoder
-from megasora.data.decode import open_decoder
+from megasora.data.decoders import open_decoder
 from megasora.data.manifest import Manifest, read_manifest
 from megasora.data.plan import PlannedClip, SamplerState, plan_clips
 from megasora.data.video_writer import write_video

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import threading
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megasora.checkpoint import convert as converting
-from megasora.checkpoint.conversion import plan_conversion
+from megasora.checkpoint.conversion_plan import plan_conversion
 from megasora.checkpoint.convert import convert, units_of
 from megasora.checkpoint.export import export_weights
 from megasora.checkpoint.formats.mapping import compose, read_segments, shapes_in
@@ -313,3 +314,24 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no weights at"):
         export_weights(tmp_path / "nothing", tmp_path / "o.safetensors", target_format="opensora")
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_all_names_of_flux_dev_survive_the_whole_chain(tmp_path: Path) -> None:
+    specification = importlib.util.spec_from_file_location(
+        "make_flux", Path(__file__).parents[2] / "benchmarks" / "convert" / "make_flux.py"
+    )
+    assert specification is not None
+    assert specification.loader is not None
+    make_flux = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(make_flux)
+    start = tmp_path / "start.safetensors"
+    make_flux.make(start, make_flux.SMALL)
+    before = SafetensorsReader(start)
+    hashes = {key: converting.sha256_of(before.rows(key)) for key in before.infos}
+    assert len(hashes) == 780
+    path = start
+    for fmt, name in (("megasora", "a"), ("opensora", "b.safetensors"), ("megasora", "c"), ("diffusers", "d"), ("flux", "e.safetensors")):
+        export_weights(path, tmp_path / name, target_format=fmt, axes_dim=make_flux.SMALL.axes_dim)  # type: ignore[arg-type]
+        path = tmp_path / name
+    after = SafetensorsReader(path)
+    assert {key: converting.sha256_of(after.rows(key)) for key in after.infos} == hashes

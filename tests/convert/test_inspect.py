@@ -144,7 +144,13 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(["convert", a, str(tmp_path / "o.safetensors"), "--to", "opensora", "--verify", "--json"], capsys)
     assert code == 0
     assert json.loads(out)["proof"]["unproved"] == []
-    for wrong in (["convert", a], ["convert", a, b, "--to", "opensora"], ["convert", a, str(tmp_path / "x"), "--to", "peft"], ["inspect"]):
+    for wrong in (
+        ["convert", a],
+        ["convert", a, b, "--to", "opensora"],
+        ["convert", a, str(tmp_path / "x"), "--to", "peft"],
+        ["convert", a, "/proc/x", "--to", "flux"],
+        ["inspect"],
+    ):
         code, out, err = run(wrong, capsys)
         assert (code, out) == (2, "")
         assert len(err.strip().splitlines()) == 1, err

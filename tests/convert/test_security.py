@@ -17,7 +17,7 @@ from megasora.checkpoint.megatron_io import BadCheckpointError, MegatronReader
 from megasora.checkpoint.safetensors_io import BadFileError, SafetensorsReader, write_safetensors
 from megasora.checkpoint.source import open_source
 from megasora.config.errors import UserError
-from tests.convert.models import DEV, write_weights
+from tests.convert.models import DEV, random_weights, write_weights
 
 HEADERS, INDICES, TABLES, ARCHIVES = 7000, 2500, 1500, 1500
 """Damaged inputs of each kind: 12,500 in all."""
@@ -224,6 +224,10 @@ def test_damaged_checkpoints_end_in_clear_errors(tmp_path: Path) -> None:
         part = damaged(sound_data[place.start : place.start + place.length], rng)[: place.length].ljust(place.length, b"\0")
         data.write_bytes(sound_data[: place.start] + part + sound_data[place.start + place.length :])
         _refused(lambda: MegatronReader(tmp_path / "m").rows("img_in.bias"))
+    data.write_bytes(sound_data)
+    sound = open_source(tmp_path / "m")  # no damaged file has changed how the next one is read
+    expected = random_weights(model)
+    assert all(torch.equal(sound.read(key), tensor) for key, tensor in expected.items())
 
 
 def _read_all(reader: SafetensorsReader) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from megasora.checkpoint import store
 from megasora.checkpoint.export import export_weights
+from megasora.checkpoint.inspect import describe
 from megasora.checkpoint.source import open_source
 from megasora.config.errors import UserError
 from megasora.config.io import load_yaml
@@ -97,6 +98,8 @@ def test_any_layout_exports_the_same_file(pool: RankPool, run_dir: Path, tmp_pat
         config = tiny_run(tmp_path / name, steps=1, parallel=parallel, optimizer={"lr": 1e-60})  # below fp32: nothing moves
         pool.run(world_size, train_on_rank, replace(config, init=replace(config.init, weights=str(tmp_path / "w.safetensors"))))
         trained = store.step_folder(tmp_path / name / "checkpoints", 1)
+        held = describe(trained)["checkpoint"]
+        assert (held["step"], held["recipe"], held["ema"], held["optimizer"]) == (1, "tiny", True, True)
         for select in ("model", "ema"):
             target = tmp_path / f"{name}_{select}.safetensors"
             export_weights(trained, target, target_format="opensora", select=select, prove=True)  # type: ignore[arg-type]

@@ -136,6 +136,11 @@ def plan_conversion(
         )
     if adapter is not None:
         _merge(source, adapter, lora_scale, edits, dropped_canonical, notes)
+    if target_format == "diffusers" and (model.time_dim != 256 or model.ffn_hidden_size != 4 * model.hidden_size):
+        notes.append(
+            f"diffusers' FluxTransformer2DModel is fixed to time_dim 256 and FFN 4 x hidden; with {model.time_dim} and "
+            f"{model.ffn_hidden_size} its class will not load this"
+        )
     targets = _targets(source, target_format, model, edits, dtype)
     dropped = _dropped(source, dropped_canonical)
     _check_used(source, targets, dropped)
