@@ -29,6 +29,7 @@ test: lint
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/mmdit_step.py
+	$(BIN)/python benchmarks/packing.py
 
 clean:
 	rm -rf $(VENV) demo_run

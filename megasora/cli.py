@@ -35,7 +35,6 @@ LATER = {
     "plan": "the layout planner",
     "dryrun": "the dry run",
     "study": "scaling studies",
-    "data": "the data pyramid and the encoder to shards",
 }
 """Commands of the contract that this version does not have yet; they refuse, they are not missing."""
 
@@ -83,6 +82,33 @@ class SampleArgs:
     fps: float | None = None
     steps: int | None = None
     seed: int | None = None
+
+
+DATA_LATER = {
+    "probe": "the container probe",
+    "shots": "cutting clips",
+    "score": "scoring clips",
+    "filter": "the data pyramid's filters",
+    "report": "the filter report",
+    "encode": "the encoder to shards",
+}
+"""Parts of `megasora data` that this version does not have yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackStatsArgs:
+    """Simulates the packs of a stage on a number of replicas, without GPUs; also takes --data.* and --parallel.* of the recipe."""
+
+    recipe: str = "opensora2_stage1"
+    """Recipe or config.yaml whose settings are used."""
+    dp: int
+    """Data-parallel replicas."""
+    steps: int | None = None
+    """Steps to simulate; None takes a whole epoch."""
+    buckets: bool = False
+    """Also simulate the published bucket scheme on the same samples."""
+    json: bool = False
+    """Print JSON."""
 
 
 WeightFormat = Literal["flux", "diffusers", "opensora", "opensora-fused", "megasora"]
@@ -496,6 +522,31 @@ def _compare(arguments: list[str]) -> None:
         _leave(1)
 
 
+def _data(arguments: list[str]) -> None:
+    """pack-stats MANIFEST --dp N [--recipe R] [--buckets] [...]: balance and padding of a stage's packs, without GPUs."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: megasora data pack-stats MANIFEST --dp N [flags]")
+        for name, what in DATA_LATER.items():
+            print(f"  {name:<10} (not in this version) {what}")
+        return
+    if arguments[0] in DATA_LATER:
+        raise UserError(f"data {arguments[0]}: {DATA_LATER[arguments[0]]} is not available in this version; it has pack-stats")
+    if arguments[0] not in ("pack-stats", "pack_stats"):
+        raise UserError(f"no command data {arguments[0]!r}; try megasora data --help")
+    (manifest,) = _paths(arguments[1:], 1, usage="megasora data pack-stats MANIFEST --dp N", kind=PackStatsArgs)
+    own = {f"--{field.name}" for field in fields(PackStatsArgs)}
+    mine, rest = _partition([_underscored(a) for a in arguments[2:]], own)
+    args = _parse(PackStatsArgs, mine, prog="megasora data pack-stats")
+    config = _run_config([args.recipe, *rest], command="data pack-stats")
+    if args.dp < 1 or (args.steps is not None and args.steps < 1):
+        raise UserError(f"--dp {args.dp} and --steps {args.steps} must be positive")
+    raise_on_problems(config, world_size=args.dp * config.parallel.model_parallel_size, check_memory=False)
+    from megasora.data.pack_stats import render, stats_of_run
+
+    facts = stats_of_run(config, manifest, replicas=args.dp, steps=args.steps, buckets=args.buckets)
+    print(json.dumps(facts)) if args.json else render(facts)
+
+
 def _doctor(arguments: list[str]) -> None:
     """What is installed, and what each missing part would bring."""
     _only_json(arguments, command="doctor")
@@ -553,5 +604,6 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "convert": _convert,
     "inspect": _inspect,
     "compare": _compare,
+    "data": _data,
     "doctor": _doctor,
 }

@@ -229,7 +229,7 @@ def compare_with_diffusers(weights: Path, folder: Path) -> float:
     from safetensors.torch import load_file, save_file
 
     model = open_source(weights).model
-    theirs = FluxTransformer2DModel.from_pretrained(weights)
+    theirs = FluxTransformer2DModel.from_pretrained(weights, low_cpu_mem_usage=False)
     generator = torch.Generator().manual_seed(0)
     ids = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0), torch.arange(4.0))
     inputs = {

@@ -21,7 +21,7 @@ MOTION_COLUMNS = ("vmaf_motion", "motion")
 """Columns a motion score is read from, the first that is there."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
     """One usable row."""
 

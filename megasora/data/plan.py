@@ -7,6 +7,7 @@ how a step's samples fall into packs.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ from megasora.data.decode import DecodeRequest
 from megasora.data.manifest import Clip, SkippedRow
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedClip:
     """A clip with the shape it trains at."""
 
@@ -58,7 +59,7 @@ def plan_clip(clip: Clip, *, data: DataConfig, encoders: EncodersConfig, patch_s
         raise ValueError(f"{clip.num_frames} frames at stride {stride} fill none of {data.frame_counts}")
     _, _, crop_width, crop_height = clip.crop or (0, 0, clip.width, clip.height)
     unit = encoders.spatial_compression * patch_size
-    height, width = choose_size(crop_height, crop_width, resolution=data.resolution, multiple=unit)
+    height, width = _size_of(crop_height, crop_width, data.resolution, unit)
     planned = PlannedClip(
         clip=clip,
         num_frames=num_frames,
@@ -78,6 +79,12 @@ def plan_clip(clip: Clip, *, data: DataConfig, encoders: EncodersConfig, patch_s
     if planned.tokens > data.global_tokens:
         raise ValueError(f"{planned.tokens} tokens exceed data.global_tokens {data.global_tokens}")
     return planned
+
+
+@lru_cache(maxsize=4096)
+def _size_of(height: int, width: int, resolution: str, multiple: int) -> tuple[int, int]:
+    """`choose_size`, once per source size: manifests hold few sizes and many clips."""
+    return choose_size(height, width, resolution=resolution, multiple=multiple)
 
 
 def plan_clips(
@@ -174,10 +181,12 @@ def assign_packs(tokens: Sequence[int], *, data_parallel_size: int, num_microbat
     costs = [sample_cost(n, hidden_size=hidden_size) for n in tokens]
     packs: list[list[int]] = [[] for _ in range(count)]
     loads = [0.0] * count
+    cheapest = [(0.0, k) for k in range(count)]  # already a heap
     for place in sorted(range(len(costs)), key=lambda p: (-costs[p], p)):
-        target = min(range(count), key=lambda k: (loads[k], k))
+        load, target = cheapest[0]
         packs[target].append(place)
-        loads[target] += costs[place]
+        loads[target] = load + costs[place]
+        heapq.heapreplace(cheapest, (loads[target], target))
     _refine(packs, loads, costs)
     return [
         [tuple(sorted(packs[replica * num_microbatches + m])) for m in range(num_microbatches)] for replica in range(data_parallel_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import asdict
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,3 +52,30 @@ def test_thousands_of_images_in_one_pack_are_packed_at_once() -> None:
     packs = assign_packs([768] * 4000, data_parallel_size=1, num_microbatches=1, hidden_size=64)
     assert packs == [[tuple(range(4000))]]
     assert time.perf_counter() - started < 2.0  # quadratic in the samples it took tens of seconds with a few thousand
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    st.integers(50, 150),
+    st.integers(0, 2**32),
+    st.lists(st.tuples(st.integers(1, 7), st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4),
+)
+@settings(max_examples=2000, deadline=None)
+def test_ranks_may_change_at_every_restart(tokens: list[int], budget: int, seed: int, runs: list[tuple[int, int, int]]) -> None:
+    straight, state = [], SamplerState()
+    for _ in range(sum(steps for _, _, steps in runs)):
+        plan = next_step(tokens, state, seed=seed, global_tokens=budget)
+        straight.append(sorted(plan.samples))
+        state = plan.state_after
+    taken, saved = [], "{}"
+    for replicas, microbatches, steps in runs:  # each run is killed after its steps and goes on from what a checkpoint holds
+        state = SamplerState(**json.loads(saved))
+        for _ in range(steps):
+            plan = next_step(tokens, state, seed=seed, global_tokens=budget)
+            chosen = [tokens[sample] for sample in plan.samples]
+            packs = assign_packs(chosen, data_parallel_size=replicas, num_microbatches=microbatches, hidden_size=64)
+            assert [len(replica) for replica in packs] == [microbatches] * replicas
+            taken.append(sorted(plan.samples[place] for replica in packs for pack in replica for place in pack))
+            state = plan.state_after
+        saved = json.dumps(asdict(state))
+    assert taken == straight
