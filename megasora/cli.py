@@ -175,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; exits 0, or 2 after a user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")  # `megasora doctor` says so, once
+    warnings.filterwarnings(
+        "ignore", message="`torch.distributed.*is deprecated", category=FutureWarning
+    )  # Megatron's calls, not the user's
     try:
         _dispatch(arguments)
     except UserError as error:

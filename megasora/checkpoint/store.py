@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,8 @@ def save(root: Path, *, step: int, tensors: Mapping[str, ShardedTensor], state: 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     dist.barrier()
-    dist_checkpointing.save(dict(tensors), str(temporary))
+    with _shielded_children():
+        dist_checkpointing.save(dict(tensors), str(temporary))
     dist.barrier()
     files = _hash_own_files(temporary)
     if dist.get_rank() == 0:
@@ -94,6 +97,21 @@ def save(root: Path, *, step: int, tensors: Mapping[str, ShardedTensor], state: 
         _sync_folder(root)
     dist.barrier()
     return final
+
+
+@contextmanager
+def _shielded_children() -> Iterator[None]:
+    """Processes started inside do not notice SIGTERM and SIGUSR1.
+
+    Slurm warns every process of a step. A rank handles the warning, but Megatron's writer keeps helper processes from its first save on,
+    which would die of it and make the very save that the warning asks for fail. A blocked signal stays blocked in children; here it is
+    delivered when the save is done.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load(folder: Path, tensors: Mapping[str, ShardedTensor]) -> None:

@@ -110,6 +110,7 @@ def train(config: RunConfig) -> None:
         UserError: the settings, files or machine do not allow it; says the cure.
     """
     refuse_missing_autoencoder(config)
+    stop = StopRequest()  # from here on: a warning during the minutes of start-up counts too
     device = groups.choose_device(config.device)
     groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
     config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
@@ -124,10 +125,10 @@ def train(config: RunConfig) -> None:
     config = with_assets(replace(config, run_dir=str(run_dir)), folder=run_dir / "assets")
     if context.rank == 0:
         save_yaml(config, run_dir / "config.yaml")
-    _run(config, context=context, run_dir=run_dir)
+    _run(config, context=context, run_dir=run_dir, stop=stop)
 
 
-def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path) -> None:
+def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest) -> None:
     manifest = read_manifest(str(config.data.manifest))
     clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
     encoders = load_encoders(config.encoders, model=config.model, device=context.device)
@@ -150,7 +151,7 @@ def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path) -> None:
     with log:
         _greet(log, config, context=context, clips=clips, events=events, done=trainee.step)
         _loop(trainee, config=config, context=context, clips=clips, encoders=encoders, evaluator=evaluator, log=log, events=events,
-              root=root, manifest=manifest)  # fmt: skip
+              root=root, manifest=manifest, stop=stop)  # fmt: skip
 
 
 def build_trainee(config: RunConfig, *, context: ParallelContext) -> Trainee:
@@ -299,11 +300,11 @@ def _loop(
     events: list[dict[str, Any]],
     root: Path,
     manifest: Manifest,
+    stop: StopRequest,
 ) -> None:
     if trainee.step >= config.train.steps:
         log.say(f"nothing to do: {trainee.step} of {config.train.steps} steps are done; raise --train.steps to go on")
         return
-    stop = StopRequest()
     sampler = _sampler(trainee, config=config, encoders=encoders, context=context)
     feeder = Feeder(
         clips,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,3 +188,23 @@ def test_replicas_share_out_the_sample_clips(pool: RankPool, tmp_path: Path) -> 
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
     assert {tag for tag in board.Tags()["images"] if tag.startswith("samples/")} == {f"samples/{number}" for number in range(3)}
+
+
+def test_a_warning_to_every_process_saves_and_ends(tmp_path: Path) -> None:
+    """What Slurm does before the time limit: SIGUSR1 to the rank and to all its children, after a first checkpoint has started some."""
+    run_dir = tmp_path / "run"
+    flags = ["--run_dir", str(run_dir), "--device", "cpu", "--evaluation.interval_steps", "0", "--checkpoint.interval_steps", "2"]
+    command = [sys.executable, "-m", "megasora", "train", "tiny", "--train.steps", "100000", *flags]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGUSR1)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-2000:]
+    last = metrics(run_dir)[-1]
+    assert [event["event"] for event in last["events"]] == ["checkpoint", "stop"]
+    assert store.complete_checkpoints(run_dir / "checkpoints")[-1].step == last["step"]

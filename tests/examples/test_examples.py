@@ -1,0 +1,28 @@
+"""The examples run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("slurm/*.sbatch")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_is_sound_and_listed(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.name in (EXAMPLES / "README.md").read_text()
+
+
+def test_the_conversion_walk_through(tmp_path: Path) -> None:
+    environment = {**os.environ, "OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    shown = subprocess.run([str(EXAMPLES / "convert_flux.sh")], check=True, capture_output=True, text=True, env=environment).stdout
+    assert "guidance_in is dropped" in shown
+    assert "cond_in is left out: it is all zero" in shown
+    assert shown.count("verified:") == 7  # three hashes, three inverses, and the two added zeros made again
+    assert (tmp_path / "transformer" / "config.json").is_file()
