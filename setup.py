@@ -27,12 +27,28 @@ CORE = [
     "PyYAML",
 ]
 DALI = ["nvidia-dali-cuda130==2.4.0"]
+CURATION = [
+    "duckdb>=1.4",
+    "faiss-cpu",
+    "Jinja2",
+    "onnxruntime",
+    "opencv-python-headless",  # never beside opencv-python: both install cv2
+    "pdqhash",
+    "pebble>=5",
+    "rapidocr>=3.10,<4",
+    "scenedetect-headless>=0.7",
+]
+RAY = ["ray>=2.40"]
 EXTRAS = {
-    "data": DALI,
+    "data": [*DALI, *CURATION],
+    "ray": RAY,
     "gpu": [*DALI, "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
     "flash": ["flash-attn==2.8.3"],
     "dev": [
         *DALI,
+        *CURATION,
+        *RAY,
+        "webdataset",
         "pytest",
         "pytest-timeout",
         "hypothesis",
@@ -53,7 +69,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megasora", "megasora.*"]),
-    package_data={"megasora": ["py.typed"]},
+    package_data={"megasora": ["py.typed", "data/filters/*.j2"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megasora = megasora.cli:main"]},

@@ -5,30 +5,28 @@ A user's mistake is one line on rank 0 with its cure and exit code 2, never a st
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
 import json
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
 from megasora import recipes
+from megasora.cli import data
+from megasora.cli.parsing import file_errors, leave, parse, partition, paths, rank, run_config, underscored
+from megasora.cli.progress import byte_bar
 from megasora.config.errors import UserError
-from megasora.config.io import dump, load_yaml, to_dict
+from megasora.config.io import dump, to_dict
 from megasora.config.parameters import parameter_count
 from megasora.config.pipeline_split import chunk_lengths, stage_parameters
-from megasora.config.schema import RunConfig
 from megasora.config.validate import model_state_bytes, problems, raise_on_problems, refuse_missing_autoencoder
 
-ArgsT = TypeVar("ArgsT")
 Axes = tuple[int, int, int]
 
 LATER = {
@@ -82,33 +80,6 @@ class SampleArgs:
     fps: float | None = None
     steps: int | None = None
     seed: int | None = None
-
-
-DATA_LATER = {
-    "probe": "the container probe",
-    "shots": "cutting clips",
-    "score": "scoring clips",
-    "filter": "the data pyramid's filters",
-    "report": "the filter report",
-    "encode": "the encoder to shards",
-}
-"""Parts of `megasora data` that this version does not have yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackStatsArgs:
-    """Simulates the packs of a stage on a number of replicas, without GPUs; also takes --data.* and --parallel.* of the recipe."""
-
-    recipe: str = "opensora2_stage1"
-    """Recipe or config.yaml whose settings are used."""
-    dp: int
-    """Data-parallel replicas."""
-    steps: int | None = None
-    """Steps to simulate; None takes a whole epoch."""
-    buckets: bool = False
-    """Also simulate the published bucket scheme on the same samples."""
-    json: bool = False
-    """Print JSON."""
 
 
 WeightFormat = Literal["flux", "diffusers", "opensora", "opensora-fused", "megasora"]
@@ -181,24 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _dispatch(arguments)
     except UserError as error:
-        if _rank() == 0:
+        if rank() == 0:
             print(f"megasora: error: {error}", file=sys.stderr, flush=True)
-        _leave(2)
+        leave(2)
     except KeyboardInterrupt:
-        _leave(130)
-
-
-def _leave(code: int) -> None:
-    """End now: a failed rank must not wait in a destructor for ranks that go on."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)
-    sys.exit(code)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        leave(130)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -221,76 +179,9 @@ def _overview() -> str:
     return "\n".join([*lines, "", "megasora train RECIPE --help lists every setting of a recipe."])
 
 
-def _flags(kind: Any, prefix: str = "") -> list[str]:
-    """Every flag of a (nested) dataclass, with underscores."""
-    import typing
-
-    hints = typing.get_type_hints(kind)
-    names: list[str] = []
-    for field in fields(kind):
-        hint = hints[field.name]
-        names += _flags(hint, f"{prefix}{field.name}.") if is_dataclass(hint) else [f"--{prefix}{field.name}"]
-    return names
-
-
-def _parse(kind: Callable[..., ArgsT], arguments: list[str], *, default: ArgsT | None = None, prog: str) -> ArgsT:
-    """tyro, with its complaints made one line.
-
-    Raises:
-        UserError: an unknown flag or a value of the wrong type.
-    """
-    text = io.StringIO()
-    extra = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(text):
-            return tyro.cli(kind, args=arguments, prog=prog, use_underscores=True, **extra)  # type: ignore[no-any-return,call-overload]
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UserError(_one_line(text.getvalue(), prog)) from None
-
-
-def _one_line(complaint: str, prog: str) -> str:
-    plain = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+", " ", complaint)
-    words = re.sub(r"\s+", " ", plain).strip()
-    words = re.sub(r"^(Parsing error|Unrecognized options|Required options)\s*", "", words)
-    words = re.split(r"\s*(?:For full helptext|Argument helptext)", words)[0]
-    return f"{words} (megasora {prog.removeprefix('megasora ')} --help lists the flags)"
-
-
-def _run_config(arguments: list[str], *, command: str) -> RunConfig:
-    """RECIPE [--section.field value ...] -> config.
-
-    Raises:
-        UserError: no such recipe or flag, or a value of the wrong type.
-    """
-    if arguments[:1] in (["--help"], ["-h"]):
-        print(f"usage: megasora {command} RECIPE [--section.field value ...]; megasora {command} tiny --help lists every setting")
-        print(f"recipes: {', '.join(recipes.RECIPES)}, or the config.yaml of a run")
-        raise SystemExit(0)
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError(f"{command} needs a recipe or a config.yaml: megasora {command} RECIPE; there are {', '.join(recipes.RECIPES)}")
-    name, overrides = arguments[0], [_underscored(argument) for argument in arguments[1:]]
-    config = load_yaml(Path(name)) if name.endswith((".yaml", ".yml")) else recipes.get(name)
-    known = _flags(RunConfig)
-    for argument in overrides:
-        flag = argument.split("=")[0]
-        if flag.startswith("--") and flag not in known and flag != "--help" and f"--{flag[2:].replace('.no_', '.')}" not in known:
-            near = difflib.get_close_matches(flag, known, n=1)
-            raise UserError(f"unknown flag {flag}{f'; did you mean {near[0]}?' if near else ''}")
-    return _parse(RunConfig, overrides, default=config, prog=f"megasora {command} {name}")
-
-
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
-
-
 def _train(arguments: list[str]) -> None:
     """RECIPE [--section.field value ...]: train, or go on with a run."""
-    config = _run_config(arguments, command="train")
+    config = run_config(arguments, command="train")
     refuse_missing_autoencoder(config)
     # refused before the slow imports; with device=auto the memory estimate waits until the device is known
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
@@ -314,12 +205,12 @@ def _validate(arguments: list[str]) -> None:
             gpus = int(value)
         else:
             rest.append(argument)
-    config = _run_config(rest, command="validate")
+    config = run_config(rest, command="validate")
     found = problems(config, world_size=gpus)
     if as_json:
         print(json.dumps({"problems": [to_dict(problem) for problem in found]}))
         if found:
-            _leave(2)
+            leave(2)
         return
     if found:
         raise UserError("\n  ".join([f"{len(found)} problem(s)", *map(str, found)]))
@@ -370,13 +261,13 @@ def _recipes(arguments: list[str]) -> None:
 
 def _show(arguments: list[str]) -> None:
     """RECIPE [...] [--json]: every setting."""
-    config = _run_config([argument for argument in arguments if argument != "--json"], command="show")
+    config = run_config([argument for argument in arguments if argument != "--json"], command="show")
     print(json.dumps(to_dict(config)) if "--json" in arguments else dump(config), end="" if "--json" not in arguments else "\n")
 
 
 def _forward(arguments: list[str]) -> None:
     """--weights PATH --inputs FILE --output FILE [...]: one forward in any layout (the parity tool)."""
-    args = _parse(ForwardArgs, [_underscored(a) for a in arguments], prog="megasora forward")
+    args = parse(ForwardArgs, [underscored(a) for a in arguments], prog="megasora forward")
     from megasora.inference.forward import run_forward
 
     run_forward(**{field.name: getattr(args, field.name) for field in fields(args)})
@@ -385,47 +276,22 @@ def _forward(arguments: list[str]) -> None:
 def _sample(arguments: list[str]) -> None:
     """RECIPE --weights PATH --prompt TEXT --output DIR [...]: text (and image) to video."""
     own = {f"--{field.name}" for field in fields(SampleArgs)}
-    mine, rest = _partition([_underscored(a) for a in arguments[1:]], own)
-    config = _run_config([*arguments[:1], *rest], command="sample")
-    args = _parse(SampleArgs, mine, prog="megasora sample")
+    mine, rest = partition([underscored(a) for a in arguments[1:]], own)
+    config = run_config([*arguments[:1], *rest], command="sample")
+    args = parse(SampleArgs, mine, prog="megasora sample")
     from megasora.inference.sample import run_sample
 
     run_sample(config, **{field.name: getattr(args, field.name) for field in fields(args)})
 
 
-def _partition(arguments: list[str], own: set[str]) -> tuple[list[str], list[str]]:
-    """(flags in `own` with their values, the rest)."""
-    mine: list[str] = []
-    rest: list[str] = []
-    target = rest
-    for argument in arguments:
-        if argument.startswith("--"):
-            target = mine if argument.split("=")[0] in own else rest
-        target.append(argument)
-    return mine, rest
-
-
-def _paths(arguments: list[str], count: int, *, usage: str, kind: Callable[..., Any]) -> list[Path]:
-    """The leading arguments that name files; `--help` shows the flags.
-
-    Raises:
-        UserError: too few of them.
-    """
-    if arguments[:1] in (["--help"], ["-h"]):
-        _parse(kind, ["--help"], prog=usage)
-    if len(arguments) < count or any(argument.startswith("-") for argument in arguments[:count]):
-        raise UserError(f"usage: {usage} [flags]; --help lists the flags")
-    return [Path(argument) for argument in arguments[:count]]
-
-
 def _convert(arguments: list[str]) -> None:
     """SRC DST --to FORMAT [...]: weights between formats, proved with --verify."""
-    source, target = _paths(arguments, 2, usage="megasora convert SRC DST --to FORMAT", kind=ConvertArgs)
-    args = _parse(ConvertArgs, [_underscored(a) for a in arguments[2:]], prog="megasora convert")
+    source, target = paths(arguments, 2, usage="megasora convert SRC DST --to FORMAT", kind=ConvertArgs)
+    args = parse(ConvertArgs, [underscored(a) for a in arguments[2:]], prog="megasora convert")
     from megasora.checkpoint import autoencoder, export
 
     given: Any
-    with _byte_bar(target.name) as bar, _file_errors(f"{target} is not complete; run the same command again and it goes on"):
+    with byte_bar(target.name) as bar, file_errors(f"{target} is not complete; run the same command again and it goes on"):
         if args.target_format in ("hunyuan-vae", "diffusers-vae"):
             given = autoencoder.export_autoencoder(source, target, target_format=args.target_format)
         elif export.is_adapter(source):
@@ -456,98 +322,28 @@ def _convert(arguments: list[str]) -> None:
         print("\n".join(given.lines))
 
 
-class _ByteBar:
-    """Bytes and rate of a conversion on stderr, where that is a terminal."""
-
-    def __init__(self, name: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-        columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.progress.add_task("", total=None)
-
-    def start(self, done: int, total: int) -> None:
-        """Set where it starts and ends."""
-        self.progress.update(self.task, total=total, completed=done)
-
-    def advance(self, num_bytes: int) -> None:
-        """Count finished bytes."""
-        self.progress.advance(self.task, num_bytes)
-
-
-@contextlib.contextmanager
-def _file_errors(interrupted: str | None = None) -> Iterator[None]:
-    """Make the operating system's refusals one line, and say what an interruption leaves.
-
-    Raises:
-        UserError: a file cannot be read or written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
-    except KeyboardInterrupt:
-        if interrupted:
-            print(f"megasora: {interrupted}", file=sys.stderr)
-        raise
-
-
-@contextlib.contextmanager
-def _byte_bar(name: str) -> Iterator[_ByteBar]:
-    bar = _ByteBar(name)
-    with bar.progress:
-        yield bar
-
-
 def _inspect(arguments: list[str]) -> None:
     """PATH [--tensors] [--json]: what a file or folder of weights is."""
-    (path,) = _paths(arguments, 1, usage="megasora inspect PATH", kind=InspectArgs)
-    args = _parse(InspectArgs, [_underscored(a) for a in arguments[1:]], prog="megasora inspect")
+    (path,) = paths(arguments, 1, usage="megasora inspect PATH", kind=InspectArgs)
+    args = parse(InspectArgs, [underscored(a) for a in arguments[1:]], prog="megasora inspect")
     from megasora.checkpoint.inspect import describe, render
 
-    with _file_errors():
+    with file_errors():
         facts = describe(path, tensors=args.tensors)
     print(json.dumps(facts)) if args.json else render(facts)
 
 
 def _compare(arguments: list[str]) -> None:
     """A B [--rtol R] [--json]: two sets of weights; exit code 0 equal, 1 different."""
-    a, b = _paths(arguments, 2, usage="megasora compare A B", kind=CompareArgs)
-    args = _parse(CompareArgs, [_underscored(word) for word in arguments[2:]], prog="megasora compare")
+    a, b = paths(arguments, 2, usage="megasora compare A B", kind=CompareArgs)
+    args = parse(CompareArgs, [underscored(word) for word in arguments[2:]], prog="megasora compare")
     from megasora.checkpoint.compare import compare, render
 
-    with _file_errors():
+    with file_errors():
         result = compare(a, b, rtol=args.rtol, select=args.select)
     print(json.dumps(result.as_dict())) if args.json else render(result, top=args.top)
     if not result.equal:
-        _leave(1)
-
-
-def _data(arguments: list[str]) -> None:
-    """pack-stats MANIFEST --dp N [--recipe R] [--buckets] [...]: balance and padding of a stage's packs, without GPUs."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: megasora data pack-stats MANIFEST --dp N [flags]")
-        for name, what in DATA_LATER.items():
-            print(f"  {name:<10} (not in this version) {what}")
-        return
-    if arguments[0] in DATA_LATER:
-        raise UserError(f"data {arguments[0]}: {DATA_LATER[arguments[0]]} is not available in this version; it has pack-stats")
-    if arguments[0] not in ("pack-stats", "pack_stats"):
-        raise UserError(f"no command data {arguments[0]!r}; try megasora data --help")
-    (manifest,) = _paths(arguments[1:], 1, usage="megasora data pack-stats MANIFEST --dp N", kind=PackStatsArgs)
-    own = {f"--{field.name}" for field in fields(PackStatsArgs)}
-    mine, rest = _partition([_underscored(a) for a in arguments[2:]], own)
-    args = _parse(PackStatsArgs, mine, prog="megasora data pack-stats")
-    config = _run_config([args.recipe, *rest], command="data pack-stats")
-    if args.dp < 1 or (args.steps is not None and args.steps < 1):
-        raise UserError(f"--dp {args.dp} and --steps {args.steps} must be positive")
-    raise_on_problems(config, world_size=args.dp * config.parallel.model_parallel_size, check_memory=False)
-    from megasora.data.pack_stats import render, stats_of_run
-
-    facts = stats_of_run(config, manifest, replicas=args.dp, steps=args.steps, buckets=args.buckets)
-    print(json.dumps(facts)) if args.json else render(facts)
+        leave(1)
 
 
 def _doctor(arguments: list[str]) -> None:
@@ -607,6 +403,6 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "convert": _convert,
     "inspect": _inspect,
     "compare": _compare,
-    "data": _data,
+    "data": data.run,
     "doctor": _doctor,
 }

@@ -1,0 +1,136 @@
+"""`megasora data ...`: from a folder of files to a training set. Flags come from the stages' own settings."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import tyro
+
+from megasora.cli.parsing import file_errors, parse, partition, paths, run_config, underscored
+from megasora.cli.progress import row_bar
+from megasora.config.errors import UserError
+from megasora.config.io import to_dict
+from megasora.config.validate import raise_on_problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackStatsArgs:
+    """Simulates the packs of a stage on a number of replicas, without GPUs; also takes --data.* and --parallel.* of the recipe."""
+
+    recipe: str = "opensora2_stage1"
+    """Recipe or config.yaml whose settings are used."""
+    dp: int
+    """Data-parallel replicas."""
+    steps: int | None = None
+    """Steps to simulate; None takes a whole epoch."""
+    buckets: bool = False
+    """Also simulate the published bucket scheme on the same samples."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(arguments: list[str]) -> None:
+    """probe, shots, score, filter, report, encode, pack-stats: raw clips to a training set (megasora data --help)."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: megasora data COMMAND INPUT --output OUTPUT [flags]\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
+        print("\nmegasora data COMMAND --help lists the flags.")
+        return
+    name = arguments[0].replace("_", "-")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UserError(f"no command data {arguments[0]!r}{f'; did you mean {near[0]}?' if near else '; try megasora data --help'}")
+    COMMANDS[name](arguments[1:])
+
+
+def _parsed(arguments: list[str], *, name: str, parts: dict[str, type]) -> tuple[Path, Any]:
+    """(input, settings of the parts in one flat set of flags, and `json`)."""
+    members: list[Any] = list(parts.items())
+    kind = make_dataclass("Args", [*members, ("json", bool, False)], frozen=True, kw_only=True)
+    kind.__doc__ = next(iter(parts.values())).__doc__
+    flat = cast(Any, tyro.conf.OmitArgPrefixes)[kind]
+    (source,) = paths(arguments, 1, usage=f"megasora data {name} INPUT --output OUTPUT", kind=flat)
+    return source, parse(flat, [underscored(word) for word in arguments[1:]], prog=f"megasora data {name}")
+
+
+def _interrupted(output: Path) -> str:
+    return f"interrupted; what is done is kept beside {output}: the same command goes on"
+
+
+def _say(result: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:
+    print(json.dumps(to_dict(result)) if as_json else "\n".join(lines()))
+
+
+def _stage_lines(summary: Any) -> list[str]:
+    """What a stage over rows did, for a person."""
+    rate = (summary.rows_in - summary.resumed) / summary.seconds if summary.seconds else 0.0
+    lines = [f"{summary.output}: {summary.rows_out:,} rows from {summary.rows_in:,} in {summary.seconds:.1f} s ({rate:.1f} a second)"]
+    if summary.resumed:
+        lines.append(f"{summary.resumed:,} of them were done by an earlier run")
+    if summary.failed:
+        lines.append(f"{summary.failed:,} could not be used; the reasons are in the table, megasora data report counts them")
+    return lines
+
+
+def _probe(arguments: list[str]) -> None:
+    """FOLDER or TABLE: container facts of every file, broken ones with their reason."""
+    from megasora.data.filters.pool import Limits
+    from megasora.data.filters.probe import ProbeSettings, run_probe
+
+    source, args = _parsed(arguments, name="probe", parts={"settings": ProbeSettings, "limits": Limits})
+    with row_bar("probe") as bar, file_errors(_interrupted(args.settings.output)):
+        summary, ignored = run_probe(source, args.settings, limits=args.limits, on_progress=bar.update)
+    note = [f"{ignored:,} files with other endings were left out"] if ignored else []
+    _say(summary, args.json, lambda: _stage_lines(summary) + note)
+
+
+def _shots(arguments: list[str]) -> None:
+    """PROBE_TABLE: shots of one scene, without black borders, as frame ranges or new files."""
+    from megasora.data.filters.pool import Limits
+    from megasora.data.filters.shots import ShotsSettings, run_shots
+
+    source, args = _parsed(arguments, name="shots", parts={"settings": ShotsSettings, "limits": Limits})
+    with row_bar("shots") as bar, file_errors(_interrupted(args.settings.output)):
+        summary = run_shots(source, args.settings, limits=args.limits, on_progress=bar.update)
+    _say(summary, args.json, lambda: _stage_lines(summary))
+
+
+def _score(arguments: list[str]) -> None:
+    """SHOTS_TABLE: motion, blur, light, jitter, text, hashes, aesthetics of every clip."""
+    from megasora.data.filters.pool import Limits
+    from megasora.data.filters.score import ScoreSettings, run_score
+
+    source, args = _parsed(arguments, name="score", parts={"settings": ScoreSettings, "limits": Limits})
+    with row_bar("score") as bar, file_errors(_interrupted(args.settings.output)):
+        summary = run_score(source, args.settings, limits=args.limits, on_progress=bar.update)
+    _say(summary, args.json, lambda: _stage_lines(summary))
+
+
+def _pack_stats(arguments: list[str]) -> None:
+    """MANIFEST --dp N [--recipe R] [--buckets] [...]: balance and padding of a stage's packs, without GPUs."""
+    (manifest,) = paths(arguments, 1, usage="megasora data pack-stats MANIFEST --dp N", kind=PackStatsArgs)
+    own = {f"--{field.name}" for field in fields(PackStatsArgs)}
+    mine, rest = partition([underscored(a) for a in arguments[1:]], own)
+    args = parse(PackStatsArgs, mine, prog="megasora data pack-stats")
+    config = run_config([args.recipe, *rest], command="data pack-stats")
+    if args.dp < 1 or (args.steps is not None and args.steps < 1):
+        raise UserError(f"--dp {args.dp} and --steps {args.steps} must be positive")
+    raise_on_problems(config, world_size=args.dp * config.parallel.model_parallel_size, check_memory=False)
+    from megasora.data.pack_stats import render, stats_of_run
+
+    facts = stats_of_run(config, manifest, replicas=args.dp, steps=args.steps, buckets=args.buckets)
+    print(json.dumps(facts)) if args.json else render(facts)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "probe": _probe,
+    "shots": _shots,
+    "score": _score,
+    "pack-stats": _pack_stats,
+}
