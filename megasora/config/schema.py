@@ -110,6 +110,11 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    def microbatch_multiple(self) -> int:
+        """Micro-batches come in multiples of this: PP when interleaved."""
+        return self.pipeline_model_parallel_size if self.virtual_pipeline_model_parallel_size else 1
+
+    @property
     def num_model_chunks(self) -> int:
         """Model chunks a rank holds (VP, or 1)."""
         return self.virtual_pipeline_model_parallel_size or 1
@@ -141,8 +146,16 @@ class DataConfig:
     """A step takes the next samples of the epoch until one more would exceed this many tokens (text and video)."""
     num_microbatches: int = 1
     """Packs per data-parallel replica and step (M); raised to a multiple of PP when interleaved."""
+    max_pack_tokens: int | None = None
+    """Most tokens of a pack, over its TP x CP ranks (a memory limit); steps that need it take more micro-batches. None sets no limit."""
     resolution: str = "256px"
     """Resolution class whose table of sizes is used ('256px', '768px', or 'manifest' for the clips' own sizes rounded down)."""
+    resolution_mix: tuple[tuple[str, float], ...] = ()
+    """(class, weight) pairs instead of `resolution`: each time a clip is taken, its class is drawn among those that do not enlarge it."""
+    image_weight: float = 1.0
+    """Times an image is taken per epoch, on average (2.5: twice or three times; 0.5: every other epoch)."""
+    video_weight: float = 1.0
+    """Times a clip of more than one frame is taken per epoch, on average."""
     frame_counts: tuple[int, ...] = (129, 97, 65, 33, 1)
     """Allowed frame counts, longest first; a clip takes the longest it can fill."""
     target_fps: float = 24.0

@@ -232,6 +232,19 @@ def _data(config: RunConfig, world_size: int) -> Iterator[Problem]:
             yield Problem(field=f"data.{name}", message=f"{getattr(data, name)} is no probability", cure="use 0 to 1")
     if data.global_tokens < 1:
         yield Problem(field="data.global_tokens", message=f"is {data.global_tokens}", cure="use at least the tokens of one sample")
+    if data.max_pack_tokens is not None and data.max_pack_tokens < 1:
+        yield Problem(
+            field="data.max_pack_tokens", message=f"is {data.max_pack_tokens}", cure="use at least the tokens of one sample, or none"
+        )
+    for name in ("image_weight", "video_weight"):
+        if not 0 <= getattr(data, name) <= 1000:
+            yield Problem(field=f"data.{name}", message=f"is {getattr(data, name)}", cure="use 0 (never) to 1000 times per epoch")
+    if data.resolution_mix and (any(weight < 0 for _, weight in data.resolution_mix) or not any(w for _, w in data.resolution_mix)):
+        yield Problem(
+            field="data.resolution_mix", message="has a negative weight or none above 0", cure="give each class its weight, such as 0.7"
+        )
+    if len({name for name, _ in data.resolution_mix}) < len(data.resolution_mix):
+        yield Problem(field="data.resolution_mix", message="names a class twice", cure="give each class once")
 
 
 def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:

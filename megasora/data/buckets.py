@@ -41,6 +41,18 @@ def choose_size(height: int, width: int, *, resolution: str, multiple: int) -> t
     return min(sizes, key=lambda size: (abs(math.log((size[0] / size[1]) / (height / width))), size))
 
 
+def pixels_of(resolution: str) -> int:
+    """Pixels of a class's first size.
+
+    Raises:
+        UserError: unknown class.
+    """
+    if resolution not in SIZES:
+        raise UserError(f"data.resolution_mix: {resolution!r} is not one of {', '.join(SIZES)}")
+    height, width = SIZES[resolution][0]
+    return height * width
+
+
 def choose_frames(available: int, *, frame_counts: Sequence[int]) -> int:
     """Longest allowed frame count that `available` frames can fill; 0 when none can."""
     return max((count for count in frame_counts if count <= available), default=0)

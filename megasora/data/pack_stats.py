@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
 from megasora.data.manifest import read_manifest
-from megasora.data.plan import SamplerState, assign_packs, next_step, plan_clips, sample_cost
+from megasora.data.plan import Mix, SamplerState, assign_packs, mix_of, next_step, plan_clips, sample_cost
 from megasora.parallel.pack import PackSplit, SampleShape
 
 BUCKET_BATCHES: dict[str, dict[int, int]] = {
@@ -103,6 +103,9 @@ def simulate_packs(
     split: PackSplit,
     seed: int = 0,
     steps: int | None = None,
+    mix: Mix | None = None,
+    max_pack_tokens: int | None = None,
+    microbatch_multiple: int = 1,
 ) -> PackStats:
     """Plan steps as training does.
 
@@ -112,6 +115,8 @@ def simulate_packs(
         hidden_size: of the model, for the work of a sample.
         seed: of the order.
         steps: steps to plan; None plans one epoch.
+        mix: how often samples are taken.
+        max_pack_tokens, microbatch_multiple: see `assign_packs`.
 
     Raises:
         UserError: a sample is larger than a step.
@@ -122,10 +127,17 @@ def simulate_packs(
     sums = _Sums(data_parallel_size)
     state = SamplerState()
     while state.epoch == 0 and (steps is None or len(sums.ratios) < steps):
-        plan = next_step(tokens, state, seed=seed, global_tokens=global_tokens)
+        plan = next_step(tokens, state, seed=seed, global_tokens=global_tokens, mix=mix)
         state = plan.state_after
         chosen = [tokens[sample] for sample in plan.samples]
-        replicas = assign_packs(chosen, data_parallel_size=data_parallel_size, num_microbatches=num_microbatches, hidden_size=hidden_size)
+        replicas = assign_packs(
+            chosen,
+            data_parallel_size=data_parallel_size,
+            num_microbatches=num_microbatches,
+            hidden_size=hidden_size,
+            max_tokens=max_pack_tokens,
+            microbatch_multiple=microbatch_multiple,
+        )
         loads, computed, fullest = [], 0, 0
         for packs in replicas:
             loads.append(sum(sample_cost(chosen[place], hidden_size=hidden_size) for pack in packs for place in pack))
@@ -191,6 +203,8 @@ def stats_of_run(config: RunConfig, manifest: Path, *, replicas: int, steps: int
         UserError: no usable clip, or a resolution without published buckets.
     """
     data, parallel = config.data, config.parallel
+    if buckets and (data.resolution_mix or data.image_weight != 1 or data.video_weight != 1):
+        raise UserError("the published buckets know no mix; leave out --buckets, or data.resolution_mix and the weights")
     if buckets and data.resolution not in BUCKET_BATCHES:
         raise UserError(f"there are no published buckets for {data.resolution}, only for {', '.join(BUCKET_BATCHES)}")
     table = read_manifest(manifest)
@@ -206,6 +220,9 @@ def stats_of_run(config: RunConfig, manifest: Path, *, replicas: int, steps: int
         split=PackSplit(tp=parallel.tensor_model_parallel_size, cp=parallel.context_parallel_size),
         seed=config.train.seed,
         steps=steps,
+        mix=mix_of(clips, data),
+        max_pack_tokens=data.max_pack_tokens,
+        microbatch_multiple=parallel.microbatch_multiple,
     )
     facts: dict[str, Any] = {
         "manifest": str(manifest),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megasora.config.errors import UserError
 from megasora.config.schema import DataConfig, EncodersConfig, ModelConfig
-from megasora.data.buckets import choose_frames, choose_size, stride_to, token_grid
+from megasora.data.buckets import choose_frames, choose_size, pixels_of, stride_to, token_grid
 from megasora.data.decode import DecodeRequest
 from megasora.data.manifest import Clip, SkippedRow
 
@@ -31,6 +31,8 @@ class PlannedClip:
     height: int
     width: int
     stride: int
+    resolution: str
+    """Its resolution class."""
     grid: tuple[int, int, int]
     """Video tokens along (time, height, width)."""
     text_tokens: int
@@ -47,11 +49,16 @@ class PlannedClip:
         return self.clip.fps / self.stride if self.num_frames > 1 else None
 
 
-def plan_clip(clip: Clip, *, data: DataConfig, encoders: EncodersConfig, patch_size: int) -> PlannedClip:
+def plan_clip(clip: Clip, *, data: DataConfig, encoders: EncodersConfig, patch_size: int, resolution: str | None = None) -> PlannedClip:
     """Shape a clip trains at.
 
+    Args:
+        clip: a row of the manifest.
+        data, encoders, patch_size: the run's.
+        resolution: class of sizes; None takes data.resolution.
+
     Raises:
-        ValueError: it is too short for every allowed frame count, or larger than a step's budget.
+        ValueError: it is too short for every allowed frame count, or larger than a pack's or a step's budget.
     """
     stride = stride_to(clip.fps, target_fps=data.target_fps) if clip.num_frames > 1 else 1
     num_frames = choose_frames((clip.num_frames - 1) // stride + 1, frame_counts=data.frame_counts)
@@ -59,13 +66,14 @@ def plan_clip(clip: Clip, *, data: DataConfig, encoders: EncodersConfig, patch_s
         raise ValueError(f"{clip.num_frames} frames at stride {stride} fill none of {data.frame_counts}")
     _, _, crop_width, crop_height = clip.crop or (0, 0, clip.width, clip.height)
     unit = encoders.spatial_compression * patch_size
-    height, width = _size_of(crop_height, crop_width, data.resolution, unit)
+    height, width = _size_of(crop_height, crop_width, resolution or data.resolution, unit)
     planned = PlannedClip(
         clip=clip,
         num_frames=num_frames,
         height=height,
         width=width,
         stride=stride,
+        resolution=resolution or data.resolution,
         grid=token_grid(
             num_frames,
             height,
@@ -78,7 +86,18 @@ def plan_clip(clip: Clip, *, data: DataConfig, encoders: EncodersConfig, patch_s
     )
     if planned.tokens > data.global_tokens:
         raise ValueError(f"{planned.tokens} tokens exceed data.global_tokens {data.global_tokens}")
+    if data.max_pack_tokens is not None and planned.tokens > data.max_pack_tokens:
+        raise ValueError(f"{planned.tokens} tokens exceed data.max_pack_tokens {data.max_pack_tokens}")
     return planned
+
+
+def classes_of(clip: Clip, data: DataConfig) -> tuple[str, ...]:
+    """Resolution classes a clip may train at: those whose pixels it has, or the smallest when it has too few for all."""
+    if not data.resolution_mix:
+        return (data.resolution,)
+    names = sorted((name for name, weight in data.resolution_mix if weight > 0), key=pixels_of)
+    _, _, width, height = clip.crop or (0, 0, clip.width, clip.height)
+    return tuple(name for name in names if pixels_of(name) <= height * width) or (names[0],)
 
 
 @lru_cache(maxsize=4096)
@@ -92,18 +111,21 @@ def plan_clips(
 ) -> tuple[tuple[PlannedClip, ...], tuple[SkippedRow, ...]]:
     """Shapes of all clips that fit, and the ones that do not with the reason.
 
+    With data.resolution_mix a clip is there once for each of its classes, one after another; `mix_of` says how they are drawn.
+
     Raises:
         UserError: none fits.
     """
     planned: list[PlannedClip] = []
     skipped: list[SkippedRow] = []
     for clip in clips:
-        try:
-            planned.append(plan_clip(clip, data=data, encoders=encoders, patch_size=model.patch_size))
-        except UserError:
-            raise
-        except ValueError as error:
-            skipped.append(SkippedRow(row=clip.row, reason=str(error)))
+        for resolution in classes_of(clip, data):
+            try:
+                planned.append(plan_clip(clip, data=data, encoders=encoders, patch_size=model.patch_size, resolution=resolution))
+            except UserError:
+                raise
+            except ValueError as error:
+                skipped.append(SkippedRow(row=clip.row, reason=str(error)))
     if not planned:
         raise UserError(f"no clip can be used; the first: {skipped[0].reason}")
     return tuple(planned), tuple(skipped)
@@ -140,21 +162,63 @@ class StepPlan:
     state_after: SamplerState
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mix:
+    """How often samples are taken: a clip some times per epoch, each time at one of its resolution classes."""
+
+    first_sample: NDArray[np.int64]
+    """Clip -> its first sample; its others follow."""
+    times: NDArray[np.float64]
+    """Clip -> times per epoch, on average."""
+    cumulative: NDArray[np.float64]
+    """Sample -> clip number + summed share of the clip's classes up to and with this one."""
+
+
+def mix_of(clips: Sequence[PlannedClip], data: DataConfig) -> Mix | None:
+    """The mix of a run's planned clips; None when every sample is taken once per epoch.
+
+    Raises:
+        UserError: the weights leave nothing to train on.
+    """
+    if not data.resolution_mix and data.image_weight == 1.0 == data.video_weight:
+        return None
+    rows = np.array([clip.clip.row for clip in clips])
+    starts: NDArray[np.int64] = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
+    weights = dict(data.resolution_mix)
+    share = np.array([weights.get(clip.resolution, 1.0) for clip in clips])
+    totals = np.add.reduceat(share, starts)
+    clip_of = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(clips)]))
+    running = np.cumsum(share) - np.repeat(np.r_[0.0, np.cumsum(totals)[:-1]], np.diff(np.r_[starts, len(clips)]))
+    times = np.array([data.image_weight if clips[start].num_frames == 1 else data.video_weight for start in starts.tolist()])
+    if not times.any():
+        raise UserError("data.image_weight and data.video_weight leave no clip to train on; raise one of them")
+    return Mix(first_sample=starts, times=times, cumulative=clip_of + running / totals[clip_of])
+
+
 @lru_cache(maxsize=2)
-def epoch_order(num_samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Permutation of the samples in an epoch: numpy's Philox generator keyed by (seed, epoch)."""
+def epoch_order(num_samples: int, *, seed: int, epoch: int, mix: Mix | None = None) -> NDArray[np.int64]:
+    """The samples of an epoch in order: numpy's Philox generator keyed by (seed, epoch). Without a mix, a permutation of all."""
     generator = np.random.Generator(np.random.Philox(key=np.array([seed & 0xFFFFFFFFFFFFFFFF, epoch], dtype=np.uint64)))
-    return generator.permutation(num_samples)
+    if mix is None:
+        return generator.permutation(num_samples)
+    clips = len(mix.times)
+    taken = np.repeat(np.arange(clips), np.floor(mix.times + generator.random(clips)).astype(np.int64))
+    samples = np.searchsorted(mix.cumulative, taken + generator.random(len(taken)), side="right")
+    last = np.r_[mix.first_sample[1:], num_samples][taken] - 1  # rounding of a sum of shares must not reach the next clip
+    return generator.permutation(np.minimum(samples, last))
 
 
-def next_step(tokens: Sequence[int], state: SamplerState, *, seed: int, global_tokens: int) -> StepPlan:
+def next_step(tokens: Sequence[int], state: SamplerState, *, seed: int, global_tokens: int, mix: Mix | None = None) -> StepPlan:
     """The samples of the step that starts at `state`.
 
     Args:
         tokens: token count of every sample, none above global_tokens.
         state: where the last step ended.
+        seed: of the order.
+        global_tokens: the step's budget.
+        mix: how often samples are taken; None takes each once per epoch.
     """
-    order = epoch_order(len(tokens), seed=seed, epoch=state.epoch)
+    order = epoch_order(len(tokens), seed=seed, epoch=state.epoch, mix=mix)
     taken: list[int] = []
     total = 0
     position = state.consumed
@@ -172,35 +236,97 @@ def sample_cost(tokens: int, *, hidden_size: int) -> float:
     return 24.0 * hidden_size**2 * tokens + 4.0 * tokens**2 * hidden_size
 
 
-def assign_packs(tokens: Sequence[int], *, data_parallel_size: int, num_microbatches: int, hidden_size: int) -> list[list[tuple[int, ...]]]:
+def assign_packs(
+    tokens: Sequence[int],
+    *,
+    data_parallel_size: int,
+    num_microbatches: int,
+    hidden_size: int,
+    max_tokens: int | None = None,
+    microbatch_multiple: int = 1,
+) -> list[list[tuple[int, ...]]]:
     """Packs of near-equal cost: [replica][micro-batch] -> places within the step, ascending; exactly DP x M packs, some may be empty.
 
     Longest first onto the cheapest pack, then single moves from the dearest pack while they lower the largest cost. Deterministic.
+
+    Args:
+        tokens: of the step's samples.
+        data_parallel_size: replicas.
+        num_microbatches: M; raised where the packs of M micro-batches would exceed max_tokens.
+        hidden_size: of the model, for the cost.
+        max_tokens: most tokens of a pack; no sample may have more.
+        microbatch_multiple: M is raised in steps of this (the pipeline size, when interleaved).
+
+    Raises:
+        ValueError: a sample has more tokens than a pack may hold.
     """
-    count = data_parallel_size * num_microbatches
-    costs = [sample_cost(n, hidden_size=hidden_size) for n in tokens]
-    packs: list[list[int]] = [[] for _ in range(count)]
-    loads = [0.0] * count
-    cheapest = [(0.0, k) for k in range(count)]  # already a heap
-    for place in sorted(range(len(costs)), key=lambda p: (-costs[p], p)):
-        load, target = cheapest[0]
-        packs[target].append(place)
-        loads[target] = load + costs[place]
-        heapq.heapreplace(cheapest, (loads[target], target))
-    _refine(packs, loads, costs)
+    if max_tokens is not None and max(tokens, default=0) > max_tokens:
+        raise ValueError(f"a sample of {max(tokens)} tokens does not fit a pack of {max_tokens}")
+    while (packs := _packed(tokens, data_parallel_size * num_microbatches, hidden_size, max_tokens)) is None:
+        num_microbatches += microbatch_multiple
     return [
         [tuple(sorted(packs[replica * num_microbatches + m])) for m in range(num_microbatches)] for replica in range(data_parallel_size)
     ]
 
 
-def _refine(packs: list[list[int]], loads: list[float], costs: list[float], *, rounds: int = 64) -> None:
+class _Packing:
+    """Packs that are being filled: places, cost and tokens of each."""
+
+    def __init__(self, tokens: Sequence[int], count: int, *, hidden_size: int, max_tokens: int | None) -> None:
+        self.tokens = tokens
+        self.costs = [sample_cost(n, hidden_size=hidden_size) for n in tokens]
+        self.packs: list[list[int]] = [[] for _ in range(count)]
+        self.loads = [0.0] * count
+        self.filled = [0] * count
+        self.most = sum(tokens) if max_tokens is None else max_tokens
+
+    def put(self, place: int, pack: int) -> None:
+        """Add a sample to a pack."""
+        self.packs[pack].append(place)
+        self.loads[pack] += self.costs[place]
+        self.filled[pack] += self.tokens[place]
+
+    def move(self, place: int, source: int, target: int) -> None:
+        """Move a sample between packs."""
+        self.packs[source].remove(place)
+        self.loads[source] -= self.costs[place]
+        self.filled[source] -= self.tokens[place]
+        self.put(place, target)
+
+    def room(self, pack: int) -> int:
+        """Tokens a pack may still take."""
+        return self.most - self.filled[pack]
+
+
+def _packed(tokens: Sequence[int], count: int, hidden_size: int, max_tokens: int | None) -> list[list[int]] | None:
+    """Places per pack; None when longest first cannot keep all packs under max_tokens."""
+    packing = _Packing(tokens, count, hidden_size=hidden_size, max_tokens=max_tokens)
+    cheapest = [(0.0, k) for k in range(count)]  # already a heap
+    for place in sorted(range(len(tokens)), key=lambda p: (-packing.costs[p], p)):
+        full: list[tuple[float, int]] = []
+        while cheapest and packing.room(cheapest[0][1]) < tokens[place]:
+            full.append(heapq.heappop(cheapest))
+        if not cheapest:
+            return None
+        _, target = cheapest[0]
+        packing.put(place, target)
+        heapq.heapreplace(cheapest, (packing.loads[target], target))
+        for entry in full:
+            heapq.heappush(cheapest, entry)
+    _refine(packing)
+    return packing.packs
+
+
+def _refine(packing: _Packing, *, rounds: int = 64) -> None:
+    """Move or swap samples between the dearest and the cheapest pack while that lowers the larger cost."""
+    costs, loads, tokens = packing.costs, packing.loads, packing.tokens
     for _ in range(rounds):
-        dearest = max(range(len(packs)), key=lambda k: (loads[k], -k))
-        cheapest = min(range(len(packs)), key=lambda k: (loads[k], k))
-        gap = loads[dearest] - loads[cheapest]
-        given, taken = ({costs[p]: p for p in reversed(packs[k])}.values() for k in (dearest, cheapest))  # one place of each cost
-        moves = [place for place in given if 0 < costs[place] < gap]
-        swaps = [(a, b) for a in given for b in taken if 0 < costs[a] - costs[b] < gap]
+        dearest = max(range(len(loads)), key=lambda k: (loads[k], -k))
+        cheapest = min(range(len(loads)), key=lambda k: (loads[k], k))
+        gap, room = loads[dearest] - loads[cheapest], packing.room(cheapest)
+        given, taken = ({costs[p]: p for p in reversed(packing.packs[k])}.values() for k in (dearest, cheapest))  # one place of each cost
+        moves = [place for place in given if 0 < costs[place] < gap and tokens[place] <= room]
+        swaps = [(a, b) for a in given for b in taken if 0 < costs[a] - costs[b] < gap and tokens[a] - tokens[b] <= room]
         best_move = min(moves, key=lambda p: abs(gap - 2 * costs[p]), default=None)
         best_swap = min(swaps, key=lambda s: abs(gap - 2 * (costs[s[0]] - costs[s[1]])), default=None)
         if best_move is None and best_swap is None:
@@ -210,14 +336,7 @@ def _refine(packs: list[list[int]], loads: list[float], costs: list[float], *, r
         if min(move_gain, swap_gain) >= gap * (1 - 1e-9):
             return
         if best_move is not None and move_gain <= swap_gain:
-            _shift(packs, loads, costs, best_move, dearest, cheapest)
+            packing.move(best_move, dearest, cheapest)
         elif best_swap is not None:
-            _shift(packs, loads, costs, best_swap[0], dearest, cheapest)
-            _shift(packs, loads, costs, best_swap[1], cheapest, dearest)
-
-
-def _shift(packs: list[list[int]], loads: list[float], costs: list[float], place: int, source: int, target: int) -> None:
-    packs[source].remove(place)
-    packs[target].append(place)
-    loads[source] -= costs[place]
-    loads[target] += costs[place]
+            packing.move(best_swap[0], dearest, cheapest)
+            packing.move(best_swap[1], cheapest, dearest)

@@ -19,7 +19,7 @@ from torch import Tensor
 from megasora.config.schema import RunConfig
 from megasora.data.decode import DecodeError, Decoder, DecodeRequest
 from megasora.data.loader import ClipLoader
-from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, next_step, request_of
+from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, mix_of, next_step, request_of
 from megasora.diffusion.captions import training_caption
 from megasora.diffusion.conditions import condition_latent, draw_kind, given_frames
 from megasora.diffusion.flow import shift_of, training_time
@@ -127,14 +127,17 @@ class Feeder:
     def _requests(self, state: SamplerState, first_step: int, last_step: int) -> Iterator[list[DecodeRequest]]:
         data, topology = self.config.data, self.context.topology
         ranks = dist.get_process_group_ranks(self.context.replica)
+        mix = mix_of(self.clips, data)
         for step in range(first_step, last_step):
-            plan = next_step(self._tokens, state, seed=self.config.train.seed, global_tokens=data.global_tokens)
+            plan = next_step(self._tokens, state, seed=self.config.train.seed, global_tokens=data.global_tokens, mix=mix)
             state = plan.state_after
             packs = assign_packs(
                 [self._tokens[sample] for sample in plan.samples],
                 data_parallel_size=topology.dp,
                 num_microbatches=data.num_microbatches,
                 hidden_size=self.config.model.hidden_size,
+                max_tokens=data.max_pack_tokens,
+                microbatch_multiple=self.config.parallel.microbatch_multiple,
             )[self.context.at.dp]
             places = sorted(place for pack in packs for place in pack)
             own = places[ranks.index(self.context.rank) :: len(ranks)]

@@ -83,6 +83,16 @@ def test_a_layout_repeats_the_curve_of_one_rank(
 
 
 @pytest.mark.slow
+def test_a_memory_limit_takes_more_micro_batches_and_keeps_the_curve(pool: RankPool, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight / "assets", tmp_path / "run" / "assets")
+    # most steps do not fit two packs of 110 tokens and take four, some do: the number changes from step to step, interleaved
+    limited = tiny_run(tmp_path / "run", steps=STEPS, parallel=layout(tp=2, pp=2, vp=2), data={"max_pack_tokens": 110})
+    pool.run(4, train_on_rank, limited)
+    assert_same_curve(tmp_path / "run", straight)
+    assert_same_weights(tmp_path / "run", straight)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_in_other_layouts(pool: RankPool, straight: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(straight / "assets", run_dir / "assets")

@@ -168,7 +168,7 @@ def write_clip(
     with av.open(str(path), "w", options=container_options) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={"threads": "1", **codec_options})
         stream.height, stream.width = (side // 2 * 2 for side in pictures[0].shape[:2])
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for picture in pictures:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[: stream.height, : stream.width]), format="bgr24")
             container.mux(stream.encode(frame))

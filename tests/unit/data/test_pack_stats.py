@@ -73,7 +73,7 @@ def test_the_command_prints_only_json(tmp_path: Path, capsys: pytest.CaptureFixt
         (["pack-stats", "none.csv", "--dp", "4"], "cannot read manifest"),
         (["pack-stats", "m.csv", "--dp", "0"], "positive"),
         (["pack-stats", "m.csv"], "--dp"),
-        (["probe", "x"], "not available in this version"),
+        (["prob", "x"], "did you mean probe"),
         (["prob"], "no command"),
     ],
 )
