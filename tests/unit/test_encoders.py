@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megasora import recipes
 from megasora.config.errors import UserError
@@ -63,3 +65,18 @@ def test_wrong_folders_and_sizes_are_refused(config: EncodersConfig, tmp_path: P
         load_encoders(replace(config, vae=str(tmp_path)), model=TINY.model, device=CPU)
     with pytest.raises(UserError, match="t5 channels are 64"):
         load_encoders(config, model=replace(TINY.model, text_dim=128), device=CPU)
+
+
+@pytest.mark.parametrize("name", ["vae", "t5", "clip"])
+def test_weights_that_lack_a_tensor_are_refused(config: EncodersConfig, tmp_path: Path, name: str) -> None:
+    # the libraries would fill the gap with random numbers and say so in a warning
+    folder = tmp_path / name
+    shutil.copytree(str(getattr(config, name)), folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(str(file))
+    lost = sorted(tensors)[len(tensors) // 2]
+    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, str(file), metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=rf"encoders.{name} .* lacks 1 tensors of \w+, the first {lost.split('.')[-1]}|the first .*{lost[-12:]}"
+    ):
+        load_encoders(replace(config, **{name: str(folder)}), model=TINY.model, device=CPU)

@@ -50,10 +50,17 @@ class AestheticModel:
 
         read_note(folder)
         torch.set_num_threads(1)
+        if not (folder / "clip" / "config.json").is_file():  # without it transformers builds its default model, with random weights
+            raise UserError(f"--aesthetic {folder}: clip/ does not load as a CLIP vision model: no config.json")
         try:
-            self._clip = CLIPVisionModelWithProjection.from_pretrained(str(folder / "clip"), local_files_only=True).eval()
-        except (OSError, ValueError, KeyError) as error:
+            model, loading = CLIPVisionModelWithProjection.from_pretrained(
+                str(folder / "clip"), local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"--aesthetic {folder}: clip/ does not load as a CLIP vision model: {str(error).splitlines()[0]}") from error
+        if lacking := sorted(loading["missing_keys"]):
+            raise UserError(f"--aesthetic {folder}: clip/ lacks {len(lacking)} tensors, the first {lacking[0]}")
+        self._clip = model.eval()
         layers = _head_layers(folder)
         self._weights = [(torch.from_numpy(weight), torch.from_numpy(bias)) for weight, bias in layers]
         has, wants = int(self._clip.config.projection_dim), layers[0][0].shape[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -91,7 +92,9 @@ def _load(kind: type, folder: str | Path, *, name: str, dtype: torch.dtype) -> t
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"encoders.{name} {folder} is no transformers folder (no config.json); give the folder of a {kind.__name__}")
     try:
-        model: torch.nn.Module = kind.from_pretrained(str(folder), dtype=dtype, local_files_only=True)  # type: ignore[attr-defined]
+        model, loading = kind.from_pretrained(str(folder), dtype=dtype, local_files_only=True, output_loading_info=True)  # type: ignore[attr-defined]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"encoders.{name} {folder} does not load as {kind.__name__}: {str(error).splitlines()[0]}") from error
-    return model
+    if lacking := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers and go on
+        raise UserError(f"encoders.{name} {folder} lacks {len(lacking)} tensors of {kind.__name__}, the first {lacking[0]}")
+    return cast(torch.nn.Module, model)

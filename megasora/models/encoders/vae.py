@@ -34,9 +34,13 @@ class HunyuanVAE:
                 f"encoders.vae {folder} is no diffusers folder (no config.json); give the folder of an AutoencoderKLHunyuanVideo"
             )
         try:
-            vae = AutoencoderKLHunyuanVideo.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            vae, loading = AutoencoderKLHunyuanVideo.from_pretrained(
+                str(folder), torch_dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"encoders.vae {folder} does not load as AutoencoderKLHunyuanVideo: {str(error).splitlines()[0]}") from error
+        if lacking := sorted(loading["missing_keys"]):
+            raise UserError(f"encoders.vae {folder} lacks {len(lacking)} tensors of AutoencoderKLHunyuanVideo, the first {lacking[0]}")
         return cls(vae.to(device))
 
     @torch.no_grad()
