@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
@@ -189,6 +190,7 @@ def _connect(limits: Limits) -> None:
     """
     import ray
 
+    _refuse_dead_address(str(limits.ray))
     try:
         if limits.ray == "local":
             cores = limits.workers or len(os.sched_getaffinity(0))
@@ -196,7 +198,27 @@ def _connect(limits: Limits) -> None:
         else:
             ray.init(address=limits.ray, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--ray {limits.ray}: {_first_line(error)}; give host:port of a running cluster, auto or local") from error
+        raise UserError(
+            f"--ray {limits.ray}: {_first_line(error)}; give host:port of a running cluster, auto or local "
+            "(a cluster that asks for a token wants RAY_AUTH_MODE=token)"
+        ) from error
+
+
+def _refuse_dead_address(address: str) -> None:
+    """Ray itself tries an address where nothing listens for more than ten minutes.
+
+    Raises:
+        UserError: nothing listens there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"--ray {address}: nothing answers there ({error.strerror or error}); start the cluster, or use auto or local"
+        ) from error
 
 
 def _begin_worker(memory_bytes: int) -> None:

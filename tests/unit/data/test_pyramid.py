@@ -45,9 +45,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pictures: tuple[Pictures, P
 
 
 @pytest.fixture(scope="module")
-def tables(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tables")
+
+
+@pytest.fixture(scope="module")
+def tables(folder: Path, out: Path) -> dict[str, list[Row]]:
     """Rows of every stage over the planted clips."""
-    out = tmp_path_factory.mktemp("tables")
     limits = Limits(workers=2, timeout_s=60)
     run_probe(folder, ProbeSettings(output=out / "probe.parquet"), limits=limits)
     run_shots(out / "probe.parquet", ShotsSettings(output=out / "shots.parquet"), limits=limits)
@@ -237,6 +241,13 @@ def test_a_captioner_is_asked_for_clips_without_text(folder: Path, tmp_path: Pat
     row = row_of(folder / "good.mp4")
     assert score_row(row, settings=settings)[0]["text"] == "3 frames of (288, 512, 3)"
     assert score_row({**row, "text": "has one"}, settings=settings)[0]["text"] == "has one"
+
+
+@pytest.mark.slow
+def test_scores_from_a_ray_cluster_are_the_same(tables: dict[str, list[Row]], out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    run_score(out / "shots.parquet", ScoreSettings(output=tmp_path / "ray.parquet"), limits=Limits(workers=2, timeout_s=60, ray="local"))
+    assert parquet.read_table(tmp_path / "ray.parquet").equals(parquet.read_table(out / "score.parquet"))
 
 
 def test_scores_that_cannot_work_are_refused_before_any_clip(tables: dict[str, list[Row]], tmp_path: Path) -> None:

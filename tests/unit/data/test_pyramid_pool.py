@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:
 def test_an_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'1' occurs twice"):
         run_stage(stage(twice), [*rows(3), {"id": "1"}], total=4, output=tmp_path / "a.parquet", limits=Limits(workers=1))
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"--ray {address}: nothing answers there"):
+        run_stage(stage(twice), rows(3), total=3, output=tmp_path / "a.parquet", limits=Limits(ray=address))
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.slow
