@@ -49,9 +49,10 @@ def run(arguments: list[str]) -> None:
     COMMANDS[name](arguments[1:])
 
 
-def _parsed(arguments: list[str], *, name: str, parts: dict[str, type]) -> tuple[Path, Any]:
+def _parsed(arguments: list[str], *, name: str, parts: dict[str, type], defaults: dict[str, Any] | None = None) -> tuple[Path, Any]:
     """(input, settings of the parts in one flat set of flags, and `json`)."""
-    members: list[Any] = list(parts.items())
+    given = defaults or {}
+    members: list[Any] = [(part, kind, given[part]) if part in given else (part, kind) for part, kind in parts.items()]
     kind = make_dataclass("Args", [*members, ("json", bool, False)], frozen=True, kw_only=True)
     kind.__doc__ = next(iter(parts.values())).__doc__
     flat = cast(Any, tyro.conf.OmitArgPrefixes)[kind]
@@ -112,6 +113,54 @@ def _score(arguments: list[str]) -> None:
     _say(summary, args.json, lambda: _stage_lines(summary))
 
 
+def _filter(arguments: list[str]) -> None:
+    """SCORED_TABLE [--stage 256px|256px_i2v|768px] [rules]: keep the clips that pass, as a training manifest."""
+    from megasora.data.filters.rules import STAGES, FilterRules
+    from megasora.data.filters.selection import FilterSettings, run_filter
+
+    # the stage sets the rules' defaults, so it is looked up before the other flags are read
+    words = [underscored(word) for word in arguments]
+    stage = next(
+        (
+            word.partition("=")[2] or after
+            for word, after in zip(words, [*words[1:], ""], strict=True)
+            if word.partition("=")[0] == "--stage"
+        ),
+        "256px",
+    )
+    if stage not in STAGES:
+        raise UserError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
+    defaults = {"rules": STAGES[stage]}  # type: ignore[index]
+    source, args = _parsed(arguments, name="filter", parts={"settings": FilterSettings, "rules": FilterRules}, defaults=defaults)
+    with file_errors():
+        result = run_filter(source, args.settings, args.rules)
+    _say(result, args.json, lambda: _filter_lines(result))
+
+
+def _filter_lines(result: Any) -> list[str]:
+    """What a filter kept, for a person."""
+    lines = [f"{rule.removed:>10,}  {rule.reason}" for rule in result.rules if rule.removed]
+    share = result.kept / result.clips
+    lines.append(
+        f"{result.kept:>10,}  kept of {result.clips:,} ({share:.1%}), {result.kept_hours:.2f} of {result.hours:.2f} hours: {result.output}"
+    )
+    if result.without_caption:
+        lines.append(f"{result.without_caption:>10,}  of them have no caption; give --captions, or score --captioner")
+    if result.unknown_captions:
+        lines.append(f"{result.unknown_captions:>10,}  captions belong to no clip of the table")
+    return lines
+
+
+def _report(arguments: list[str]) -> None:
+    """MANIFEST: one HTML page about what filter did."""
+    from megasora.data.filters.report import ReportSettings, run_report
+
+    source, args = _parsed(arguments, name="report", parts={"settings": ReportSettings})
+    with file_errors():
+        path = run_report(source, args.settings)
+    print(json.dumps({"output": str(path)}) if args.json else str(path))
+
+
 def _pack_stats(arguments: list[str]) -> None:
     """MANIFEST --dp N [--recipe R] [--buckets] [...]: balance and padding of a stage's packs, without GPUs."""
     (manifest,) = paths(arguments, 1, usage="megasora data pack-stats MANIFEST --dp N", kind=PackStatsArgs)
@@ -132,5 +181,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "probe": _probe,
     "shots": _shots,
     "score": _score,
+    "filter": _filter,
+    "report": _report,
     "pack-stats": _pack_stats,
 }
