@@ -38,6 +38,8 @@ def duplicate_of(
         int64 [clips].
     """
     count = len(lengths)
+    if count == 0:
+        return np.zeros(0, np.int64)
     owner = np.repeat(np.arange(count), lengths)
     useful = np.abs(np.bitwise_count(hashes).sum(1, dtype=np.int64) - HASH_BITS // 2) <= _FLAT_BITS * HASH_BITS
     owner, flat = owner[useful], np.ascontiguousarray(hashes[useful])
