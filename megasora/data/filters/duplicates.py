@@ -19,7 +19,8 @@ MAX_SHARED = 64
 _FLAT_BITS = 0.25
 """PDQ sets half of its bits by construction; a hash further from half than this share of the bits is of a flat picture."""
 _EXACT_BELOW = 60_000
-"""Hashes up to which every pair is compared; above, pairs that agree in one of 16 bands of 16 bits within one flip are."""
+"""Hashes up to which every pair is compared. Above, pairs that agree in one of 16 bands of 16 bits are: that finds all pairs up to 15 bits
+apart and nearly 9 of 10 frames at 31 bits, of which most must match. Looking one flip further finds the rest in 14 times the time."""
 
 
 def duplicate_of(
@@ -54,8 +55,6 @@ def _matches(flat: NDArray[np.uint8], owner: NDArray[np.int64], *, bits: int, ex
     if not len(flat):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     index: Any = faiss.IndexBinaryFlat(HASH_BITS) if exact else faiss.IndexBinaryMultiHash(HASH_BITS, 16, 16)
-    if not exact:
-        index.nflip = 1  # also look into bands that differ by one bit
     index.add(flat)
     limits, _, found = index.range_search(flat, bits + 1)  # faiss finds what is strictly nearer
     bounds: NDArray[np.int64] = np.asarray(limits, np.int64)

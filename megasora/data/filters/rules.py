@@ -49,8 +49,8 @@ class FilterRules:
     """vmafmotion; below, next to nothing moves (both tails are cut as published; numbers chosen)."""
     max_vmaf_motion: float | None = 40.0
     """vmafmotion; above, frames have little to do with each other (chosen)."""
-    max_jitter: float | None = 30.0
-    """Mean change of hue, saturation and value from frame to frame, of 255: shaken or flickering (chosen)."""
+    max_jitter: float | None = 20.0
+    """Mean change of hue, saturation and value from frame to frame, of 255: shaken or flickering; fast real shots reach 10 (chosen)."""
     max_text_area: float | None = 0.1
     """Share of a frame inside text boxes; a line of subtitles covers 0.03 (chosen)."""
     min_aesthetic: float | None = None
@@ -65,13 +65,13 @@ class FilterRules:
 
 STAGES: dict[StageName, FilterRules] = {
     "256px": FilterRules(),
-    "256px_i2v": FilterRules(min_blur_laplacian=25.0, min_vmaf_motion=0.5, max_vmaf_motion=30.0, max_jitter=25.0, max_text_area=0.05),
+    "256px_i2v": FilterRules(min_blur_laplacian=25.0, min_vmaf_motion=0.5, max_vmaf_motion=30.0, max_jitter=17.0, max_text_area=0.05),
     "768px": FilterRules(
         min_side_px=496,
         min_blur_laplacian=50.0,
         min_vmaf_motion=0.5,
         max_vmaf_motion=25.0,
-        max_jitter=20.0,
+        max_jitter=15.0,
         max_text_area=0.02,
         max_dark_share=0.8,
         max_bright_share=0.3,

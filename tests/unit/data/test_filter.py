@@ -97,7 +97,7 @@ def judged(tmp_path: Path, rows: list[dict[str, Any]], rules: FilterRules = STAG
         ({"text_area": 0.11}, "max_text_area"),
         ({"text_area": None}, "max_text_area"),
         # an image has no time, and no rule on time holds against it
-        ({"media": "image", "duration_s": 0.0, "fps": 1.0, **dict.fromkeys(("bits_per_pixel", "vmaf_motion", "jitter", "freeze_share"))}, None),
+        ({"media": "image", "duration_s": 0.0, "fps": 1.0, **dict.fromkeys(("vmaf_motion", "jitter", "freeze_share"))}, None),
     ],
 )  # fmt: skip
 def test_each_rule_removes_what_it_says_and_no_more(tmp_path: Path, changes: dict[str, Any], rule: str | None) -> None:
