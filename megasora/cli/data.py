@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import tyro
 
-from megasora.cli.parsing import file_errors, parse, partition, paths, run_config, underscored
+from megasora.cli.parsing import file_errors, flags_of, parse, partition, paths, run_config, underscored
 from megasora.cli.progress import row_bar
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
@@ -161,6 +161,46 @@ def _report(arguments: list[str]) -> None:
     print(json.dumps({"output": str(path)}) if args.json else str(path))
 
 
+def _encode(arguments: list[str]) -> None:
+    """RECIPE --data.manifest M --output DIR [...]: latents, condition frames and text into shards that training reads."""
+    from megasora.training.encode import EncodeSettings, run_encode  # the settings stand with the code, so even --help needs torch
+
+    own = {*flags_of(EncodeSettings), "--no_verify", "--json"}
+    kind = make_dataclass("Args", [("settings", EncodeSettings), ("json", bool, False)], frozen=True, kw_only=True)
+    kind.__doc__ = EncodeSettings.__doc__
+    flat = cast(Any, tyro.conf.OmitArgPrefixes)[kind]
+    if arguments[:1] in ([], ["--help"], ["-h"]) or "--help" in arguments or "-h" in arguments:
+        parse(flat, ["--help"], prog="megasora data encode RECIPE [--section.field value ...]")
+    mine, rest = partition([underscored(word) for word in arguments[1:]], own)
+    config = run_config([arguments[0], *rest], command="data encode")
+    args = parse(flat, mine, prog="megasora data encode")
+    interrupted = f"interrupted; finished shards are kept in {args.settings.output}: the same command goes on"
+    with row_bar("encode") as bar, file_errors(interrupted):
+        result = run_encode(
+            config,
+            args.settings,
+            on_start=lambda size: None if args.json else print(size.line),
+            on_progress=lambda done, total, _: bar.update(done, total, 0),
+        )
+    _say(result, args.json, lambda: _encode_lines(result))
+
+
+def _encode_lines(result: Any) -> list[str]:
+    """What a task encoded, for a person."""
+    rate = result.samples / result.seconds if result.seconds else 0.0
+    lines = [
+        f"{result.output}: {len(result.made)} shards made with {result.samples:,} clips, {result.bytes_written / 1e9:.2f} GB in "
+        f"{result.seconds:.0f} s ({rate:.1f} clips a second); {len(result.kept)} were there"
+    ]
+    if result.failed:
+        lines.append(f"{result.failed:,} clips could not be encoded; the reasons stand in the shards' failed.jsonl")
+    if result.unplanned:
+        lines.append(f"{result.unplanned:,} rows of the manifest fit no shape; the reasons stand in unplanned.jsonl")
+    if result.missing:
+        lines.append(f"{len(result.missing)} shards of other tasks are not finished yet")
+    return lines
+
+
 def _pack_stats(arguments: list[str]) -> None:
     """MANIFEST --dp N [--recipe R] [--buckets] [...]: balance and padding of a stage's packs, without GPUs."""
     (manifest,) = paths(arguments, 1, usage="megasora data pack-stats MANIFEST --dp N", kind=PackStatsArgs)
@@ -183,5 +223,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "score": _score,
     "filter": _filter,
     "report": _report,
+    "encode": _encode,
     "pack-stats": _pack_stats,
 }

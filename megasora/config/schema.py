@@ -142,6 +142,8 @@ class DataConfig:
     """csv or parquet table of clips (columns path, text, num_frames, height, width, aspect_ratio, resolution, fps, ...)."""
     eval_manifest: str | None = None
     """Held-out clips for the validation loss; None turns it off."""
+    cache: str | None = None
+    """Folder written by `megasora data encode`: latents and text are read from it instead of decoding and encoding the clips."""
     global_tokens: int = 1_000_000
     """A step takes the next samples of the epoch until one more would exceed this many tokens (text and video)."""
     num_microbatches: int = 1
@@ -162,10 +164,13 @@ class DataConfig:
     """Clips are strided by the smallest whole number that brings them to at most this rate."""
     text_tokens: int = 512
     """Length L of the text embedding (padded, no mask)."""
-    decoder: Literal["auto", "pyav", "dali"] = "auto"
-    """One decoder per run: pyav (CPU, everything) or dali (GPU: NVDEC; CPU: VP8, VP9, MJPEG)."""
+    decoder: Literal["auto", "pyav", "dali", "mixed"] = "auto"
+    """pyav (CPU, everything) or dali (GPU: NVDEC; CPU: VP8, VP9, MJPEG); auto: dali on CUDA when installed, else pyav, for every file.
+    mixed: dali for the files whose codec it decodes on this device, pyav for the others; their pixels differ by a level or so."""
     decode_workers: int = 2
     """Threads that decode ahead of the step on each rank."""
+    decode_timeout_s: float = 120.0
+    """A clip that takes longer is skipped (weight 0), and a thread that hangs in it is replaced."""
     prefetch_steps: int = 2
     """Steps whose clips are decoded ahead."""
     dropout_t5: float = 0.316
@@ -220,6 +225,8 @@ class EncodersConfig:
     """Folder of a CLIP text model (transformers CLIPTextModel) with its tokenizer."""
     dtype: Dtype = "bf16"
     """Number format of the encoders."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """Latent that training takes from the autoencoder: the posterior's mean, or a sample drawn anew each time a clip is taken."""
     temporal_compression: int = 4
     """Video frames per latent frame."""
     spatial_compression: int = 8

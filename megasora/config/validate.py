@@ -247,6 +247,25 @@ def _data(config: RunConfig, world_size: int) -> Iterator[Problem]:
         yield Problem(field="data.resolution_mix", message="names a class twice", cure="give each class once")
 
 
+def _cache(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Clips that are measured or shown are encoded and decoded, whatever is cached; `tiny` makes encoders when none are given."""
+    evaluation = config.evaluation
+    missing = [name for name in ("vae", "t5", "clip") if getattr(config.encoders, name) is None]
+    if config.data.cache is None or config.recipe == "tiny" or not missing:
+        return
+    flags = " ".join(f"--encoders.{name} FOLDER" for name in missing)
+    for name, what, wanted in (
+        ("sample_interval_steps", "sample clips need", evaluation.sample_interval_steps > 0),
+        ("interval_steps", "the held-out loss needs", evaluation.interval_steps > 0 and config.data.eval_manifest is not None),
+    ):
+        if wanted:
+            yield Problem(
+                field=f"evaluation.{name}",
+                message=f"{what} encoders beside data.cache",
+                cure=f"add {flags}, or --evaluation.{name} 0",
+            )
+
+
 def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:
     optimizer = config.optimizer
     ranges = (
@@ -322,7 +341,7 @@ def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
         )
 
 
-CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _data, _numbers, _sample, _memory)
+CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _data, _cache, _numbers, _sample, _memory)
 
 
 def problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> list[Problem]:

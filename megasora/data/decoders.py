@@ -8,23 +8,35 @@ from typing import Literal
 import torch
 
 from megasora.config.errors import UserError
-from megasora.data.decode import Decoder
+from megasora.data.decode import DECODE_TIMEOUT_S, Decoder
 from megasora.data.decode_pyav import PyAVDecoder
 
 
-def open_decoder(kind: Literal["auto", "pyav", "dali"], *, device: torch.device) -> Decoder:
-    """The run's decoder; `auto` takes DALI on CUDA when it is installed, PyAV otherwise.
+def open_decoder(
+    kind: Literal["auto", "pyav", "dali", "mixed"], *, device: torch.device, workers: int = 2, timeout_s: float = DECODE_TIMEOUT_S
+) -> Decoder:
+    """The run's decoder. `auto` takes DALI on CUDA when it is installed and PyAV otherwise, for every file; only `mixed` chooses per file.
+
+    Args:
+        kind: setting data.decoder.
+        device: where frames are wanted.
+        workers: setting data.decode_workers; DALI decodes so many clips at once.
+        timeout_s: setting data.decode_timeout_s.
 
     Raises:
-        UserError: DALI is asked for and not installed.
+        UserError: DALI is asked for and not installed, or the time is not positive.
     """
-    if kind == "dali" or (kind == "auto" and device.type == "cuda" and _dali_installed()):
-        if not _dali_installed():
-            raise UserError('decoder dali needs nvidia-dali: pip install "megasora[data]", or use --data.decoder pyav')
-        from megasora.data.decode_dali import DaliDecoder  # needs the package at import
+    if timeout_s <= 0:
+        raise UserError(f"data.decode_timeout_s must be above 0, not {timeout_s:g}; the default is {DECODE_TIMEOUT_S:g}")
+    pyav = PyAVDecoder(timeout_s=timeout_s)
+    if kind == "pyav" or (kind == "auto" and not (device.type == "cuda" and _dali_installed())):
+        return pyav
+    if not _dali_installed():
+        raise UserError(f'decoder {kind} needs nvidia-dali: pip install "megasora[data]", or use --data.decoder pyav')
+    from megasora.data.decode_dali import DaliDecoder, MixedDecoder  # needs the package at import
 
-        return DaliDecoder(device=device)
-    return PyAVDecoder()
+    dali = DaliDecoder(device=device, num_threads=max(1, workers), timeout_s=timeout_s)
+    return MixedDecoder(dali=dali, pyav=pyav) if kind == "mixed" else dali
 
 
 def _dali_installed() -> bool:

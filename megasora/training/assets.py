@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
+from megasora.training.samples import refuse_missing_encoders
 
 
 def with_assets(config: RunConfig, *, folder: Path) -> RunConfig:
@@ -26,8 +27,7 @@ def with_assets(config: RunConfig, *, folder: Path) -> RunConfig:
     if config.recipe != "tiny":
         if config.data.manifest is None:
             raise UserError("no clips given: add --data.manifest TABLE (csv or parquet)")
-        if open_encoders:
-            raise UserError(f"no encoders given: add {' '.join(f'--encoders.{name} FOLDER' for name in open_encoders)}")
+        refuse_missing_encoders(config)
         return config
     if 0 < len(open_encoders) < 3:
         raise UserError(f"give all encoders or none; missing: {', '.join(open_encoders)}")

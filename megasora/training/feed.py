@@ -1,12 +1,13 @@
-"""From a step's plan to this rank's micro-batches: decode and encode a share of the replica's clips, exchange, draw, slice.
+"""From a step's plan to this rank's micro-batches: encode or read a share of the replica's clips, exchange, draw, slice.
 
-Within one replica (TP x CP x PP ranks) whole clips are dealt out to the ranks, each decodes and encodes only its own, and one all-gather
+Within one replica (TP x CP x PP ranks) whole clips are dealt out to the ranks, each encodes or reads only its own, and one all-gather
 gives every rank all latents and texts; nothing is encoded twice. A clip that fails travels as a zero flag in the same message, so all ranks
 agree about it before the step starts.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -17,20 +18,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasora.config.schema import RunConfig
-from megasora.data.decode import DecodeError, Decoder, DecodeRequest
-from megasora.data.loader import ClipLoader
-from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, mix_of, next_step, request_of
-from megasora.diffusion.captions import training_caption
-from megasora.diffusion.conditions import condition_latent, draw_kind, given_frames
+from megasora.data.cache import Cache
+from megasora.data.decode import Decoder
+from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, mix_of, next_step, sample_cost
+from megasora.diffusion.conditions import GivenFrames, condition_latent, draw_kind, given_frames
 from megasora.diffusion.flow import shift_of, training_time
 from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of, normal, uniform
 from megasora.models.encoders.bundle import Encoders
+from megasora.models.encoders.posterior import Posterior
 from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
 from megasora.training.microbatch import TrainingSample, build_microbatch
+from megasora.training.samples import LatentMaterial, Material, SampleSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,24 @@ class StepBatch:
     skipped: tuple[tuple[str, str], ...]
     """(clip id, reason) of this rank's own clips that failed."""
     wait_s: float
+    """Time this rank waited for its clips."""
+    frames: int
+    """Frames this rank decoded."""
+    decode_s: float
+    """Time its threads took for them, summed."""
+    encode_s: float
+    """Time this rank spent in the encoders, or on reading the cache's tensors."""
+    balance: Balance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """How evenly a step is dealt out, over all replicas."""
+
+    pad_share: float
+    """Padding over all tokens computed."""
+    imbalance: float
+    """Work of the busiest replica over the mean; the step waits for the busiest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +75,8 @@ class _Planned:
     packs: list[tuple[int, ...]]
     """This replica's packs, as places within the step."""
     own: list[int]
-    """Places this rank decodes and encodes."""
+    """Places this rank encodes or reads."""
+    balance: Balance
 
 
 class Feeder:
@@ -65,8 +86,9 @@ class Feeder:
         clips: planned clips, the same on every rank.
         config: the run.
         context: this rank's groups.
-        encoders: autoencoder and text encoders.
+        encoders: those that the samples need.
         decoder: the run's decoder.
+        cache: the opened cache of data.cache.
         state: where the sampler stands.
         first_step: 0-based number of the next step.
         last_step: where to stop.
@@ -85,31 +107,37 @@ class Feeder:
         first_step: int,
         last_step: int,
         dtype: torch.dtype,
+        cache: Cache | None = None,
     ) -> None:
-        self.clips, self.config, self.context, self.encoders, self.dtype = clips, config, context, encoders, dtype
+        assert (cache is None) == (config.data.cache is None), "a run with data.cache opens it (samples.open_training_cache) and passes it"
+        self.clips, self.config, self.context, self.dtype = clips, config, context, dtype
         self._tokens = [clip.tokens for clip in clips]
         self._planned: deque[_Planned] = deque()
-        self._null = encoders.encode_text([""], max_tokens=config.data.text_tokens)
         self._weights = {field.name: float(getattr(config.condition, field.name)) for field in fields(config.condition)}
         self._split = PackSplit(tp=context.topology.tp, cp=context.topology.cp, row_multiple=FP8_ROW_MULTIPLE[config.precision.fp8])
-        self._loader = ClipLoader(
-            self._requests(state, first_step, last_step),
+        self._source = SampleSource(
+            self._own_samples(state, first_step, last_step),
+            clips=clips,
+            config=config,
+            encoders=encoders,
             decoder=decoder,
-            workers=config.data.decode_workers,
-            ahead=config.data.prefetch_steps,
+            cache=cache,
+            device=context.device,
         )
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Steps until last_step."""
-        for loaded in self._loader:
+        for loaded in self._source:
             planned = self._planned.popleft()
             encoded: dict[int, dict[str, Tensor]] = {}
             skipped: list[tuple[str, str]] = []
-            for place, clip in zip(planned.own, loaded.clips, strict=True):
-                if isinstance(clip, DecodeError):
-                    skipped.append((self.clips[planned.plan.samples[place]].clip.id, str(clip)))
+            started = time.perf_counter()
+            for place, material in zip(planned.own, loaded.clips, strict=True):
+                if isinstance(material, str):
+                    skipped.append((self.clips[planned.plan.samples[place]].clip.id, material))
                 else:
-                    encoded[place] = self._encode(planned, place, clip)
+                    encoded[place] = self._draw(planned, place, material)
+            drawn_s = time.perf_counter() - started
             everything = self._exchange(planned, encoded)
             yield StepBatch(
                 batches=[self._microbatch(planned, pack, everything) for pack in planned.packs],
@@ -118,57 +146,83 @@ class Feeder:
                 flops_tokens=tuple(self._tokens[sample] for sample in planned.plan.samples),
                 skipped=tuple(skipped),
                 wait_s=loaded.wait_s,
+                frames=loaded.frames,
+                decode_s=loaded.decode_s,
+                encode_s=loaded.encode_s + drawn_s,
+                balance=planned.balance,
             )
 
     def close(self) -> None:
-        """Stop decoding ahead."""
-        self._loader.close()
+        """Stop working ahead."""
+        self._source.close()
 
-    def _requests(self, state: SamplerState, first_step: int, last_step: int) -> Iterator[list[DecodeRequest]]:
+    def _own_samples(self, state: SamplerState, first_step: int, last_step: int) -> Iterator[list[int]]:
         data, topology = self.config.data, self.context.topology
         ranks = dist.get_process_group_ranks(self.context.replica)
         mix = mix_of(self.clips, data)
         for step in range(first_step, last_step):
             plan = next_step(self._tokens, state, seed=self.config.train.seed, global_tokens=data.global_tokens, mix=mix)
             state = plan.state_after
-            packs = assign_packs(
+            replicas = assign_packs(
                 [self._tokens[sample] for sample in plan.samples],
                 data_parallel_size=topology.dp,
                 num_microbatches=data.num_microbatches,
                 hidden_size=self.config.model.hidden_size,
                 max_tokens=data.max_pack_tokens,
                 microbatch_multiple=self.config.parallel.microbatch_multiple,
-            )[self.context.at.dp]
+            )
+            packs = replicas[self.context.at.dp]
             places = sorted(place for pack in packs for place in pack)
             own = places[ranks.index(self.context.rank) :: len(ranks)]
-            self._planned.append(_Planned(step=step, plan=plan, packs=packs, own=own))
-            yield [request_of(self.clips[plan.samples[place]]) for place in own]
+            self._planned.append(_Planned(step=step, plan=plan, packs=packs, own=own, balance=self._balance(plan, replicas)))
+            yield [plan.samples[place] for place in own]
+
+    def _balance(self, plan: StepPlan, replicas: list[list[tuple[int, ...]]]) -> Balance:
+        hidden = self.config.model.hidden_size
+        loads = [sum(sample_cost(self._tokens[plan.samples[p]], hidden_size=hidden) for pack in packs for p in pack) for packs in replicas]
+        shapes = [SampleShape(text_tokens=self.clips[s].text_tokens, grid=self.clips[s].grid) for s in plan.samples]
+        computed = sum(self._split.share_tokens([shapes[p] for p in pack]) for packs in replicas for pack in packs if pack)
+        computed *= self._split.tp * self._split.cp
+        real = sum(self._tokens[sample] for sample in plan.samples)
+        return Balance(pad_share=1 - real / computed, imbalance=max(loads) * len(loads) / sum(loads))
 
     def _key(self, planned: _Planned, place: int, stream: Stream) -> int:
         sample = planned.plan.samples[place]
         return key_of(seed=self.config.train.seed, stream=stream, epoch=planned.plan.epoch, sample=sample, step=planned.step)
 
-    def _encode(self, planned: _Planned, place: int, video: Tensor) -> dict[str, Tensor]:
+    def _draw(self, planned: _Planned, place: int, material: Material) -> dict[str, Tensor]:
         """Latent, condition and text of one clip this rank owns."""
         clip = self.clips[planned.plan.samples[place]]
         patch = self.config.model.patch_size
-        latent = self.encoders.vae.encode(video)
-        result = {"tokens": patchify(latent, patch=patch)}
+        runs: tuple[GivenFrames, ...] = ()
         if self.config.model.cond_embed:
             kind = draw_kind(self._weights, num_frames=clip.num_frames, uniform=uniform(key=self._key(planned, place, Stream.CONDITION)))
-            given = [
-                (run, self.encoders.vae.encode(video[:, run.start : run.start + run.count]))
-                for run in given_frames(kind, num_frames=clip.num_frames, temporal_compression=self.config.encoders.temporal_compression)
-            ]
+            runs = given_frames(kind, num_frames=clip.num_frames, temporal_compression=self.config.encoders.temporal_compression)
+        latent, *given = self._latents(material.latents, runs, key=self._key(planned, place, Stream.VAE))
+        result = {"tokens": patchify(latent, patch=patch)}
+        if self.config.model.cond_embed:
             channels, frames, height, width = latent.shape
-            result["cond"] = patchify(condition_latent((channels, frames, height, width), given), patch=patch)
-        caption = training_caption(clip.clip.text, fps=clip.fps, motion_score=clip.clip.motion_score)
-        text, vec = self.encoders.encode_text([caption], max_tokens=clip.text_tokens)
+            condition = condition_latent((channels, frames, height, width), list(zip(runs, given, strict=True)))
+            result["cond"] = patchify(condition, patch=patch)
         data = self.config.data
         drop_t5 = uniform(key=self._key(planned, place, Stream.DROPOUT_T5)) < data.dropout_t5
         drop_clip = uniform(key=self._key(planned, place, Stream.DROPOUT_CLIP)) < data.dropout_clip
-        result["text"] = (self._null[0] if drop_t5 else text)[0]
-        result["vec"] = (self._null[1] if drop_clip else vec)[0]
+        null_text, null_vec = self._source.null
+        result["text"] = null_text if drop_t5 else material.text
+        result["vec"] = null_vec if drop_clip else material.vec
+        return result
+
+    def _latents(self, latents: LatentMaterial, runs: Sequence[GivenFrames], *, key: int) -> list[Tensor]:
+        """Scaled latents of a clip and of its given frames; each takes the next elements of the clip's draw."""
+        result: list[Tensor] = []
+        elements = 0
+        for run in (None, *runs):
+            latent = latents.latent(run)
+            if isinstance(latent, Posterior):
+                sampled = self.config.encoders.posterior == "sample"
+                latent = latent.sample(key=key, first_element=elements) if sampled else latent.mean
+            elements += latent.numel()
+            result.append(latent * self._source.scaling_factor)
         return result
 
     def _shapes(self, clip: PlannedClip) -> dict[str, tuple[int, ...]]:

@@ -32,6 +32,14 @@ class StepMetrics:
     mfu: float | None
     data_wait_s: float
     """Longest wait of any rank for its clips."""
+    encode_s: float
+    """Longest time of any rank in the encoders."""
+    decode_frames_per_s: float | None
+    """Frames a decoding thread delivers per second; None when nothing was decoded."""
+    pad_share: float
+    """Padding over all tokens computed."""
+    imbalance: float
+    """Work of the busiest replica over the mean."""
     peak_memory_bytes: int
     events: list[dict[str, Any]] = field(default_factory=list)
     """checkpoint, skip, restart, eval, ... with their facts."""

@@ -27,6 +27,8 @@ from megasora.config.errors import UserError
 from megasora.config.io import save_yaml, to_dict
 from megasora.config.schema import RunConfig
 from megasora.config.validate import raise_on_problems, refuse_missing_autoencoder
+from megasora.data.cache import Cache
+from megasora.data.decode import Decoder
 from megasora.data.decoders import open_decoder
 from megasora.data.manifest import Manifest, read_manifest
 from megasora.data.plan import PlannedClip, SamplerState, plan_clips
@@ -57,6 +59,7 @@ from megasora.training.optimizer import (
     sync_parameters,
     wrap_for_training,
 )
+from megasora.training.samples import encoders_needed, open_training_cache
 from megasora.training.state import optimizer_tensors
 
 
@@ -80,6 +83,20 @@ class Trainee:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Feeding:
+    """What the step's clips cost, over all ranks."""
+
+    wait_s: float
+    """Longest wait of a rank for its clips."""
+    encode_s: float
+    """Longest time of a rank in the encoders."""
+    frames: int
+    """Frames decoded."""
+    decode_s: float
+    """Time of all decoding threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What all ranks know after a step."""
 
@@ -87,7 +104,7 @@ class StepResult:
     grad_norm: float
     counted: int
     stop: bool
-    wait_s: float
+    feeding: Feeding
     skipped: list[tuple[str, str]]
 
 
@@ -131,7 +148,8 @@ def train(config: RunConfig) -> None:
 def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest) -> None:
     manifest = read_manifest(str(config.data.manifest))
     clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
-    encoders = load_encoders(config.encoders, model=config.model, device=context.device)
+    cache = open_training_cache(config)
+    encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))
     trainee = build_trainee(config, context=context)
     root = run_dir / "checkpoints"
     resumed = _resume(trainee, root, config=config, context=context, manifest=manifest)
@@ -150,8 +168,8 @@ def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: St
     )
     with log:
         _greet(log, config, context=context, clips=clips, events=events, done=trainee.step)
-        _loop(trainee, config=config, context=context, clips=clips, encoders=encoders, evaluator=evaluator, log=log, events=events,
-              root=root, manifest=manifest, stop=stop)  # fmt: skip
+        _loop(trainee, config=config, context=context, clips=clips, encoders=encoders, cache=cache, evaluator=evaluator, log=log,
+              events=events, root=root, manifest=manifest, stop=stop)  # fmt: skip
 
 
 def build_trainee(config: RunConfig, *, context: ParallelContext) -> Trainee:
@@ -262,11 +280,15 @@ def _evaluator(config: RunConfig, *, context: ParallelContext, encoders: Encoder
         return None
     held_out = read_manifest(config.data.eval_manifest)
     clips, _ = plan_clips(held_out.clips, data=config.data, encoders=config.encoders, model=config.model)
-    decoder = open_decoder(config.data.decoder, device=context.device)
-    evaluator = Evaluator(clips, config=config, context=context, encoders=encoders, decoder=decoder, dtype=dtype)
+    evaluator = Evaluator(clips, config=config, context=context, encoders=encoders, decoder=_decoder(config, context), dtype=dtype)
     if not evaluator.held_out:
         raise UserError(f"no clip of {config.data.eval_manifest} can be decoded: {evaluator.failed[0][1]}")
     return evaluator
+
+
+def _decoder(config: RunConfig, context: ParallelContext) -> Decoder:
+    data = config.data
+    return open_decoder(data.decoder, device=context.device, workers=data.decode_workers, timeout_s=data.decode_timeout_s)
 
 
 def _greet(
@@ -295,6 +317,7 @@ def _loop(
     context: ParallelContext,
     clips: Sequence[PlannedClip],
     encoders: Encoders,
+    cache: Cache | None,
     evaluator: Evaluator | None,
     log: MetricsLog,
     events: list[dict[str, Any]],
@@ -311,7 +334,8 @@ def _loop(
         config=config,
         context=context,
         encoders=encoders,
-        decoder=open_decoder(config.data.decoder, device=context.device),
+        decoder=_decoder(config, context),
+        cache=cache,
         state=trainee.sampler,
         first_step=trainee.step,
         last_step=config.train.steps,
@@ -328,12 +352,12 @@ def _loop(
             interval = config.checkpoint.interval_steps
             evaluate = evaluator is not None and (last or trainee.step % config.evaluation.interval_steps == 0)
             save = last or (interval > 0 and trainee.step % interval == 0)
-            if evaluate or save:
+            sample = sampler is not None and (last or trainee.step % config.evaluation.sample_interval_steps == 0)
+            if evaluate or save or sample:
                 sync_parameters(trainee.wrapped, parallel=config.parallel)
             if evaluator is not None and evaluate:
                 events.append(_evaluation_event(evaluator, trainee))
-            if sampler is not None and (last or trainee.step % config.evaluation.sample_interval_steps == 0):
-                sync_parameters(trainee.wrapped, parallel=config.parallel)
+            if sampler is not None and sample:
                 events.append(_sample_event(sampler, config=config, context=context, step=trainee.step, log=log))
             if save:
                 events.append(_save(trainee, root, config=config, context=context, manifest=manifest))
@@ -366,7 +390,7 @@ def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context
         context=context,
         loss_function=lambda output, micro: velocity_loss(output, micro, context_rank=context.at.cp),
     )
-    loss, counted, num_skipped, asked, wait_s = _agree(reports, batch, context=context, stop=stop)
+    loss, counted, num_skipped, asked, feeding = _agree(reports, batch, context=context, stop=stop)
     skipped = _gather_skips(batch, context) if num_skipped else []
     if counted and not math.isfinite(loss):
         raise TrainingFailedError(
@@ -383,21 +407,24 @@ def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context
     trainee.step += 1
     trainee.sampler = batch.plan.state_after
     trainee.samples_seen += counted
-    return StepResult(loss=loss, grad_norm=grad_norm, counted=counted, stop=asked, wait_s=wait_s, skipped=skipped)
+    return StepResult(loss=loss, grad_norm=grad_norm, counted=counted, stop=asked, feeding=feeding, skipped=skipped)
 
 
-def _agree(reports: list[torch.Tensor], batch: StepBatch, *, context: ParallelContext, stop: bool) -> tuple[float, int, int, bool, float]:
-    """(mean loss, counted samples, failed clips, whether to stop, longest wait), the same on every rank."""
+def _agree(reports: list[torch.Tensor], batch: StepBatch, *, context: ParallelContext, stop: bool) -> tuple[float, int, int, bool, Feeding]:
+    """(mean loss, counted samples, failed clips, whether to stop, cost of the clips), the same on every rank."""
     at = context.at
     loss_sum = float(torch.stack(reports).double().sum()) if reports else 0.0
     counts_here = at.tp == 0 and at.cp == 0 and at.pp == 0
     counted = sum(micro.num_counted for micro in batch.batches) if counts_here else 0
-    facts = torch.tensor([loss_sum, counted, len(batch.skipped), float(stop)], dtype=torch.float64, device=context.device)
+    sums = [loss_sum, counted, len(batch.skipped), float(stop), batch.frames, batch.decode_s]
+    facts = torch.tensor(sums, dtype=torch.float64, device=context.device)
     dist.all_reduce(facts)
-    wait = torch.tensor([batch.wait_s], dtype=torch.float64, device=context.device)
-    dist.all_reduce(wait, op=dist.ReduceOp.MAX)
-    total, count, failed, asked = facts.tolist()
-    return (total / count if count else math.nan), int(count), int(failed), asked > 0, float(wait)
+    longest = torch.tensor([batch.wait_s, batch.encode_s], dtype=torch.float64, device=context.device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    total, count, failed, asked, frames, decode_s = facts.tolist()
+    wait_s, encode_s = longest.tolist()
+    feeding = Feeding(wait_s=wait_s, encode_s=encode_s, frames=int(frames), decode_s=decode_s)
+    return (total / count if count else math.nan), int(count), int(failed), asked > 0, feeding
 
 
 def _gather_skips(batch: StepBatch, context: ParallelContext) -> list[tuple[str, str]]:
@@ -480,7 +507,11 @@ def _metrics(
         tokens_per_s=batch.tokens / seconds,
         tflops_per_gpu=tflops,
         mfu=tflops / peak if peak else None,
-        data_wait_s=result.wait_s,
+        data_wait_s=result.feeding.wait_s,
+        encode_s=result.feeding.encode_s,
+        decode_frames_per_s=result.feeding.frames / result.feeding.decode_s if result.feeding.decode_s else None,
+        pad_share=batch.balance.pad_share,
+        imbalance=batch.balance.imbalance,
         peak_memory_bytes=memory,
         events=events,
     )

@@ -1,8 +1,8 @@
-"""The three encoders of a run together."""
+"""The encoders of a run together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,45 +13,65 @@ from megasora.config.schema import EncodersConfig, ModelConfig
 from megasora.models.encoders.text import ClipTextEncoder, T5TextEncoder
 from megasora.models.encoders.vae import HunyuanVAE
 
+PARTS = ("vae", "t5", "clip")
+"""Encoders, by their setting."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """Autoencoder and text encoders."""
+    """Autoencoder and text encoders; a part that the run does not use is not loaded."""
 
-    vae: HunyuanVAE
-    t5: T5TextEncoder
-    clip: ClipTextEncoder
+    autoencoder: HunyuanVAE | None
+    t5: T5TextEncoder | None
+    clip: ClipTextEncoder | None
+
+    @property
+    def vae(self) -> HunyuanVAE:
+        """The autoencoder of a run that uses it."""
+        assert self.autoencoder is not None, "the autoencoder was not loaded: the run said it does not use it"
+        return self.autoencoder
 
     def encode_text(self, texts: Sequence[str], *, max_tokens: int) -> tuple[Tensor, Tensor]:
         """([n, L, text_dim], [n, vec_dim])."""
+        assert self.t5 is not None and self.clip is not None, "the text encoders were not loaded: the run said it does not use them"
         return self.t5.encode(texts, max_tokens=max_tokens), self.clip.encode(texts)
 
 
-def load_encoders(config: EncodersConfig, *, model: ModelConfig, device: torch.device) -> Encoders:
-    """Load all three and check that they fit the model.
+def load_encoders(config: EncodersConfig, *, model: ModelConfig, device: torch.device, parts: Collection[str] = PARTS) -> Encoders:
+    """Load encoders and check that they fit the model.
+
+    Args:
+        config: folders and number format.
+        model: the model they feed.
+        device: where they run.
+        parts: which of PARTS; a run on a cache needs fewer.
 
     Raises:
         UserError: a path is not given, does not load, or has other sizes than the model takes.
     """
-    paths = {"vae": config.vae, "t5": config.t5, "clip": config.clip}
-    missing = [name for name, path in paths.items() if path is None]
+    missing = [name for name in PARTS if name in parts and getattr(config, name) is None]
     if missing:
         raise UserError(f"no folder given for {', '.join(f'--encoders.{name}' for name in missing)}")
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     be_quiet()
-    vae = HunyuanVAE.from_folder(str(config.vae), device=device, dtype=dtype)
-    t5 = T5TextEncoder.from_folder(str(config.t5), device=device, dtype=dtype)
-    clip = ClipTextEncoder.from_folder(str(config.clip), device=device, dtype=dtype)
-    for name, has, wants in (
-        ("vae latent channels", vae.latent_channels, model.latent_channels),
-        ("vae temporal compression", vae.temporal_compression, config.temporal_compression),
-        ("vae spatial compression", vae.spatial_compression, config.spatial_compression),
-        ("t5 channels", t5.channels, model.text_dim),
-        ("clip channels", clip.channels, model.vec_dim),
-    ):
+    vae = HunyuanVAE.from_folder(str(config.vae), device=device, dtype=dtype) if "vae" in parts else None
+    t5 = T5TextEncoder.from_folder(str(config.t5), device=device, dtype=dtype) if "t5" in parts else None
+    clip = ClipTextEncoder.from_folder(str(config.clip), device=device, dtype=dtype) if "clip" in parts else None
+    sizes: list[tuple[str, int, int]] = []
+    if vae is not None:
+        sizes += [
+            ("vae latent channels", vae.latent_channels, model.latent_channels),
+            ("vae temporal compression", vae.temporal_compression, config.temporal_compression),
+            ("vae spatial compression", vae.spatial_compression, config.spatial_compression),
+        ]
+    if t5 is not None:
+        sizes.append(("t5 channels", t5.channels, model.text_dim))
+    if clip is not None:
+        sizes.append(("clip channels", clip.channels, model.vec_dim))
+    for name, has, wants in sizes:
         if has != wants:
             raise UserError(f"{name} are {has}, the model takes {wants}; give encoders that fit or change --model.*")
-    return Encoders(vae=vae, t5=t5, clip=clip)
+    return Encoders(autoencoder=vae, t5=t5, clip=clip)
 
 
 def be_quiet() -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megasora.config.errors import UserError
+from megasora.models.encoders.posterior import Posterior
 
 
 class HunyuanVAE:
@@ -44,12 +45,15 @@ class HunyuanVAE:
         return cls(vae.to(device))
 
     @torch.no_grad()
+    def posterior(self, video: Float[Tensor, "3 T H W"]) -> Posterior:
+        """Latent distribution of a clip in [-1, 1], not scaled."""
+        latent = self.vae.encode(video[None].to(self.vae.device, self.vae.dtype)).latent_dist
+        return Posterior(mean=latent.mean[0], std=latent.std[0])
+
     def encode(self, video: Float[Tensor, "3 T H W"], *, noise: Tensor | None = None) -> Float[Tensor, "C t h w"]:
         """Scaled latent of a clip in [-1, 1]: the posterior mean, or mean + std x noise when noise [C, t, h, w] is given."""
-        posterior = self.vae.encode(video[None].to(self.vae.device, self.vae.dtype)).latent_dist
-        latent = posterior.mean if noise is None else posterior.mean + posterior.std * noise[None].to(posterior.mean)
-        scaled: Tensor = latent[0] * self.scaling_factor
-        return scaled
+        posterior = self.posterior(video)
+        return (posterior.mean if noise is None else posterior.with_noise(noise)) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latent: Float[Tensor, "C t h w"]) -> Float[Tensor, "3 T H W"]:
