@@ -232,6 +232,8 @@ def _data(config: RunConfig, world_size: int) -> Iterator[Problem]:
             yield Problem(field=f"data.{name}", message=f"{getattr(data, name)} is no probability", cure="use 0 to 1")
     if data.global_tokens < 1:
         yield Problem(field="data.global_tokens", message=f"is {data.global_tokens}", cure="use at least the tokens of one sample")
+    if not data.decode_timeout_s > 0:
+        yield Problem(field="data.decode_timeout_s", message=f"is {data.decode_timeout_s}", cure="use a positive number of seconds")
     if data.max_pack_tokens is not None and data.max_pack_tokens < 1:
         yield Problem(
             field="data.max_pack_tokens", message=f"is {data.max_pack_tokens}", cure="use at least the tokens of one sample, or none"

@@ -43,7 +43,7 @@ from megasora.data.cache_identity import (
     version_differences,
 )
 from megasora.data.cache_layout import CacheLayout, CacheSize, cache_size, caption_of, facts_json, latent_names, readable_bytes, stored_runs
-from megasora.data.decode import Decoded, DecodeError, Decoder
+from megasora.data.decode import Decoded, DecodeError, Decoder, normalise
 from megasora.data.decoders import open_decoder
 from megasora.data.loader import ClipLoader
 from megasora.data.manifest import SkippedRow, read_manifest
@@ -373,6 +373,7 @@ class _Maker:
             workers=data.decode_workers,
             ahead=2 * data.decode_workers,
             timeout_s=data.decode_timeout_s,
+            give="pixels",
         )
         try:
             for step in loader:
@@ -387,7 +388,9 @@ class _Maker:
             return
         members: dict[str, bytes] = {}
         if video is not None:
-            members[MEMBERS[0]] = self._checked(self._latents(sample, clip, video), self.plan.layout.latents_of(clip))
+            members[MEMBERS[0]] = self._checked(
+                self._latents(sample, clip, normalise(video.to(self.encoders.vae.vae.device))), self.plan.layout.latents_of(clip)
+            )
         if self.plan.settings.has_text:
             text, vec = self.encoders.encode_text([caption_of(clip)], max_tokens=clip.text_tokens)
             members[MEMBERS[1]] = self._checked({"t5": text[0], "clip": vec[0]}, self.plan.layout.text_of(clip))
