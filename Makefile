@@ -30,6 +30,10 @@ test: lint
 bench: $(STAMP)
 	$(BIN)/python benchmarks/mmdit_step.py
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/pyramid.py
+	$(BIN)/python benchmarks/fuzz_media.py
+	$(BIN)/python benchmarks/shards.py
+	$(BIN)/pip install -q decord && $(BIN)/python benchmarks/decode.py
 
 clean:
 	rm -rf $(VENV) demo_run

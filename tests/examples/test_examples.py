@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megasora.data.filters.planted import scene, write_clip
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("slurm/*.sbatch")])
 
@@ -26,3 +28,17 @@ def test_the_conversion_walk_through(tmp_path: Path) -> None:
     assert "cond_in is left out: it is all zero" in shown
     assert shown.count("verified:") == 7  # three hashes, three inverses, and the two added zeros made again
     assert (tmp_path / "transformer" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_data_walk_through(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for seed in range(3):
+        write_clip(tmp_path / "raw" / f"{seed}.mp4", scene(seed, count=60, height=96, width=128))
+    (tmp_path / "raw" / "broken.mp4").write_bytes(b"nothing")
+    environment = {**os.environ, "OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = [str(EXAMPLES / "prepare_data.sh"), str(tmp_path / "raw")]
+    shown = subprocess.run(script, check=True, capture_output=True, text=True, env=environment)
+    assert "1  cannot be read" in shown.stdout and "3  kept of 4" in shown.stdout
+    assert "step      3" in shown.stdout + shown.stderr
+    assert (tmp_path / "report.html").stat().st_size > 10_000

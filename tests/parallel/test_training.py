@@ -107,6 +107,19 @@ def test_a_run_goes_on_in_other_layouts(pool: RankPool, straight: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_killed_runs_of_3_and_5_ranks_go_on_with_2_on_the_same_samples(pool: RankPool, straight: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight / "assets", run_dir / "assets")
+    for world_size, killed_at in ((3, 6), (5, 13)):
+        pool.run(world_size, train_on_rank, tiny_run(run_dir, steps=killed_at, parallel=layout(), interval_steps=4))
+        shutil.rmtree(store.step_folder(run_dir / "checkpoints", killed_at))  # a killed run has only what it saved on the way
+    pool.run(2, train_on_rank, tiny_run(run_dir, steps=STEPS, parallel=layout()))
+    assert_same_curve(run_dir, straight)
+    assert_same_weights(run_dir, straight)
+    assert [event["step"] for record in metrics(run_dir) for event in record["events"] if event["event"] == "restart"] == [4, 12]
+
+
+@pytest.mark.slow
 def test_a_clip_that_fails_in_the_middle_costs_one_sample(pool: RankPool, straight: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(straight / "assets", run_dir / "assets")

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from megasora.config.errors import UserError
 from megasora.data.filters.aesthetic import AestheticModel, read_note
-from megasora.data.filters.columns import PROBE, SCORES
+from megasora.data.filters.columns import SCORES
 from megasora.data.filters.frames import DamagedClipError, FilterGraph, SmallFrames, Span, evenly, full_bgr, read_frames
 from megasora.data.filters.pool import Limits, Row
-from megasora.data.filters.tables import OnProgress, Stage, Summary, run_stage, table_rows, table_schema, with_columns
+from megasora.data.filters.tables import OnProgress, Stage, Summary, clip_schema, run_over_table, with_columns
 
 ScoreName = Literal["motion", "blur", "light", "jitter", "text", "hashes", "aesthetic"]
 
@@ -89,10 +89,7 @@ def run_score(source: Path, settings: ScoreSettings, *, limits: Limits, on_progr
     """
     if problem := settings.problems():
         raise UserError(problem)
-    schema = table_schema(source)
-    missing = [name for name in PROBE.names if name not in schema.names]
-    if missing:
-        raise UserError(f"{source} lacks the columns {', '.join(missing)}; make it with megasora data probe and shots")
+    schema = clip_schema(source)
     if settings.captioner is not None:
         load_captioner(settings.captioner)
     columns = [name for score in settings.scores for name in COLUMNS[score]]
@@ -107,10 +104,7 @@ def run_score(source: Path, settings: ScoreSettings, *, limits: Limits, on_progr
             "captioner": settings.captioner,
         },
     )
-    total = sum(1 for _ in table_rows(source))
-    return run_stage(
-        stage, table_rows(source), total=total, output=settings.output, limits=limits, overwrite=settings.overwrite, on_progress=on_progress
-    )
+    return run_over_table(stage, source, output=settings.output, limits=limits, overwrite=settings.overwrite, on_progress=on_progress)
 
 
 def _failure(row: Row, reason: str) -> Row:

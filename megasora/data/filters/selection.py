@@ -21,10 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megasora.config.errors import UserError
-from megasora.data.filters.columns import PROBE
 from megasora.data.filters.duplicates import HASH_BITS, duplicate_of
 from megasora.data.filters.rules import SCORED_BY, FilterRules, Rule, StageName, active_rules
-from megasora.data.filters.tables import METADATA_KEY, any_table_rows, metadata_of, table_schema, write_table
+from megasora.data.filters.tables import METADATA_KEY, any_table_rows, clip_schema, metadata_of, write_table
 
 DUPLICATES = "duplicate_bits"
 """Name of the rule that is not SQL."""
@@ -93,7 +92,7 @@ def run_filter(source: Path, settings: FilterSettings, rules: FilterRules) -> Fi
     Raises:
         UserError: a column or a score is missing, the SQL of `where` is wrong, nothing is kept, or a file cannot be written.
     """
-    schema = table_schema(source)
+    schema = clip_schema(source)
     chosen = list(active_rules(rules))
     _check(source, schema, chosen, rules)
     output = settings.output
@@ -138,9 +137,6 @@ def run_filter(source: Path, settings: FilterSettings, rules: FilterRules) -> Fi
 
 
 def _check(source: Path, schema: pa.Schema, chosen: list[Rule], rules: FilterRules) -> None:
-    lacking = [name for name in PROBE.names if name not in schema.names]
-    if lacking:
-        raise UserError(f"{source} lacks the columns {', '.join(lacking)}; make it with megasora data probe, shots and score")
     wanted = [(rule.name, rule.column) for rule in chosen if rule.column in SCORED_BY]
     wanted += [(DUPLICATES, "frame_hashes")] if rules.duplicate_bits is not None else []
     for name, column in wanted:

@@ -24,7 +24,7 @@ from megasora.config.errors import UserError
 from megasora.data.filters.columns import PROBE, SHOTS
 from megasora.data.filters.frames import DamagedClipError, FilterGraph, SmallFrames, Span, read_frames
 from megasora.data.filters.pool import Limits, Row
-from megasora.data.filters.tables import OnProgress, Stage, Summary, run_stage, table_rows, table_schema, with_columns
+from megasora.data.filters.tables import OnProgress, Stage, Summary, clip_schema, run_over_table, with_columns
 
 _SMALL_PX = 256
 """Long side of the frames cuts are looked for in (PySceneDetect works at about this width)."""
@@ -83,10 +83,7 @@ def run_shots(source: Path, settings: ShotsSettings, *, limits: Limits, on_progr
     """
     if problem := settings.problems():
         raise UserError(problem)
-    schema = table_schema(source)
-    missing = [name for name in PROBE.names if name not in schema.names]
-    if missing:
-        raise UserError(f"{source} lacks the columns {', '.join(missing)}; make it with megasora data probe")
+    schema = clip_schema(source)
     if settings.clips is not None:
         settings.clips.mkdir(parents=True, exist_ok=True)
     stage = Stage(
@@ -96,10 +93,7 @@ def run_shots(source: Path, settings: ShotsSettings, *, limits: Limits, on_progr
         schema=with_columns(schema, *(SHOTS.field(name) for name in SHOTS.names if name not in PROBE.names)),
         settings={name: str(value) for name, value in vars(settings).items() if name not in ("output", "overwrite")},
     )
-    total = sum(1 for _ in table_rows(source))
-    return run_stage(
-        stage, table_rows(source), total=total, output=settings.output, limits=limits, overwrite=settings.overwrite, on_progress=on_progress
-    )
+    return run_over_table(stage, source, output=settings.output, limits=limits, overwrite=settings.overwrite, on_progress=on_progress)
 
 
 def _failure(row: Row, reason: str) -> Row:

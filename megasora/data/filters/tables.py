@@ -21,6 +21,7 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 
 from megasora.config.errors import UserError
+from megasora.data.filters.columns import PROBE
 from megasora.data.filters.pool import Limits, Row, Work, outcomes
 
 METADATA_KEY = b"megasora"
@@ -74,6 +75,19 @@ def table_schema(path: Path) -> pa.Schema:
         raise UserError(f"{path} is not a readable parquet table: {str(error).splitlines()[0]}") from error
 
 
+def clip_schema(path: Path) -> pa.Schema:
+    """Schema of a table of clips: any that `probe` or a later stage wrote.
+
+    Raises:
+        UserError: it is none.
+    """
+    schema = table_schema(path)
+    lacking = [name for name in PROBE.names if name not in schema.names]
+    if lacking:
+        raise UserError(f"{path} lacks the columns {', '.join(lacking)}; make it with megasora data probe, shots and score")
+    return schema
+
+
 def table_rows(path: Path, *, batch_rows: int = 4096) -> Iterator[Row]:
     """Rows of a parquet table, streamed."""
     with parquet.ParquetFile(path) as file:
@@ -123,6 +137,14 @@ def write_table(path: Path, batches: Iterable[pa.RecordBatch], *, schema: pa.Sch
     finally:
         temporary.unlink(missing_ok=True)
     return rows
+
+
+def run_over_table(
+    stage: Stage, source: Path, *, output: Path, limits: Limits, overwrite: bool = False, on_progress: OnProgress | None = None
+) -> Summary:
+    """`run_stage` over every row of a parquet table."""
+    total = parquet.read_metadata(source).num_rows
+    return run_stage(stage, table_rows(source), total=total, output=output, limits=limits, overwrite=overwrite, on_progress=on_progress)
 
 
 def run_stage(

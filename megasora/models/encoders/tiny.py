@@ -26,6 +26,7 @@ VAE_LATENT_STD = 1.0
 
 def make_tiny_encoders(folder: Path, *, captions: Sequence[str], model: ModelConfig, base: EncodersConfig, seed: int = 0) -> EncodersConfig:
     """Make vae/, t5/ and clip/ once; returns `base` with their paths."""
+    captions = [caption for caption in captions if caption.strip()] or ["A clip without a caption"]  # a tokenizer needs words
     config = replace(base, vae=str(folder / "vae"), t5=str(folder / "t5"), clip=str(folder / "clip"))
     if (folder / "done.json").exists():
         return config

@@ -47,6 +47,7 @@ class HunyuanVAE:
     @torch.no_grad()
     def posterior(self, video: Float[Tensor, "3 T H W"]) -> Posterior:
         """Latent distribution of a clip in [-1, 1], not scaled."""
+        assert video.is_floating_point(), "pixels are normalised to [-1, 1] before they are encoded"  # levels would pass unnoticed
         latent = self.vae.encode(video[None].to(self.vae.device, self.vae.dtype)).latent_dist
         return Posterior(mean=latent.mean[0], std=latent.std[0])
 
