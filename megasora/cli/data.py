@@ -46,7 +46,14 @@ def run(arguments: list[str]) -> None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         raise UserError(f"no command data {arguments[0]!r}{f'; did you mean {near[0]}?' if near else '; try megasora data --help'}")
-    COMMANDS[name](arguments[1:])
+    try:
+        COMMANDS[name](arguments[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("megasora"):
+            raise
+        raise UserError(
+            f'data {name} needs the package of {error.name}: pip install "megasora[data]"; megasora doctor lists all'
+        ) from error
 
 
 def _parsed(arguments: list[str], *, name: str, parts: dict[str, type], defaults: dict[str, Any] | None = None) -> tuple[Path, Any]:

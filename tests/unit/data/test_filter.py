@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import zlib
 from collections import Counter
 from dataclasses import fields, replace
@@ -287,6 +288,14 @@ def test_the_report_is_one_file_that_counts_shows_and_escapes(tmp_path: Path) ->
     assert "fewer than 16 frames a second" in page and ">9.5<" in page
     with pytest.raises(UserError, match="has no record"):
         run_report(tmp_path / "in.parquet", ReportSettings(output=tmp_path / "x.html"))
+
+
+def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    monkeypatch.delitem(sys.modules, "megasora.data.filters.selection")
+    with pytest.raises(SystemExit):
+        main(["data", "filter", "x.parquet", "--output", "y.parquet"])
+    assert 'data filter needs the package of duckdb: pip install "megasora[data]"' in capsys.readouterr().err
 
 
 def test_the_command_takes_a_stage_and_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
