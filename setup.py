@@ -69,7 +69,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megasora", "megasora.*"]),
-    package_data={"megasora": ["py.typed", "data/filters/*.j2"]},
+    package_data={"megasora": ["py.typed", "curation/*.j2"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megasora = megasora.cli:main"]},

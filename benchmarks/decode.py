@@ -35,9 +35,9 @@ import torch
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from megasora.data.decode import DecodeError, Decoder, DecodeRequest, covering_size
-from megasora.data.decode_dali import DaliDecoder
-from megasora.data.decode_pyav import PyAVDecoder
+from megasora.data.decoding.contract import DecodeError, Decoder, DecodeRequest, covering_size
+from megasora.data.decoding.dali import DaliDecoder
+from megasora.data.decoding.pyav import PyAVDecoder
 from megasora.data.loader import ClipLoader
 from megasora.data.tiny_clips import make_tiny_clips
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from pyarrow import parquet
 
-from megasora.data.decode import DecodeRequest
-from megasora.data.decode_pyav import PyAVDecoder
-from megasora.data.filters.mutations import make_mutated, make_seed_clips
-from megasora.data.filters.pool import Limits
-from megasora.data.filters.probe import ProbeSettings, run_probe
-from megasora.data.filters.score import ScoreSettings, run_score
-from megasora.data.filters.shots import ShotsSettings, run_shots
+from megasora.curation.mutations import make_mutated, make_seed_clips
+from megasora.curation.pool import Limits
+from megasora.curation.probe import ProbeSettings, run_probe
+from megasora.curation.score import ScoreSettings, run_score
+from megasora.curation.shots import ShotsSettings, run_shots
+from megasora.data.decoding.contract import DecodeRequest
+from megasora.data.decoding.pyav import PyAVDecoder
 from megasora.data.loader import ClipLoader, Decoded
 
 

@@ -20,14 +20,14 @@ from typing import Any
 
 from pyarrow import parquet
 
-from megasora.data.filters.planted import make_planted, read_pictures
-from megasora.data.filters.pool import Limits
-from megasora.data.filters.probe import ProbeSettings, run_probe
-from megasora.data.filters.report import ReportSettings, run_report
-from megasora.data.filters.rules import STAGES
-from megasora.data.filters.score import ScoreSettings, run_score
-from megasora.data.filters.selection import FilterSettings, removed_table, run_filter
-from megasora.data.filters.shots import ShotsSettings, run_shots
+from megasora.curation.planted import make_planted, read_pictures
+from megasora.curation.pool import Limits
+from megasora.curation.probe import ProbeSettings, run_probe
+from megasora.curation.report import ReportSettings, run_report
+from megasora.curation.rules import STAGES
+from megasora.curation.score import ScoreSettings, run_score
+from megasora.curation.selection import FilterSettings, removed_table, run_filter
+from megasora.curation.shots import ShotsSettings, run_shots
 
 KNOWN = {
     "bigbuckbunny.mp4": ("kept", "one shot of 5.3 s"),

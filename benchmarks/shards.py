@@ -30,11 +30,11 @@ import torch
 import webdataset
 
 from megasora import recipes
-from megasora.data.cache import Cache, open_cache
-from megasora.data.cache_identity import FORMAT, CacheFacts, save_facts, settings_of
+from megasora.data.cache.identity import FORMAT, CacheFacts, save_facts, settings_of
+from megasora.data.cache.reading import Cache, open_cache
+from megasora.data.cache.shards import MEMBERS, ShardWriter, safetensors_bytes, shard_name
 from megasora.data.manifest import Clip
 from megasora.data.plan import PlannedClip, plan_clip
-from megasora.data.shards import MEMBERS, ShardWriter, safetensors_bytes, shard_name
 
 BOTH = slice(0, 2)
 SHARD_BYTES = 256_000_000

@@ -23,10 +23,10 @@ import torch
 from megasora.checkpoint.export import export_weights
 from megasora.checkpoint.source import open_source
 from megasora.config.errors import UserError
-from megasora.data.decode import DecodeRequest
-from megasora.data.decode_pyav import PyAVDecoder
+from megasora.data.decoding.contract import DecodeRequest
+from megasora.data.decoding.pyav import PyAVDecoder
+from megasora.data.decoding.writer import write_video
 from megasora.data.tiny_clips import manifest_row, write_manifest
-from megasora.data.video_writer import write_video
 
 STEPS = 30
 REPEATED = 5
@@ -132,7 +132,7 @@ def probe(path: Path) -> str:
 
 def compare_decoders(folder: Path) -> None:
     """Decode the VP9 clip with DALI and PyAV; they differ by a level or so per pixel."""
-    from megasora.data.decode_dali import DaliDecoder
+    from megasora.data.decoding.dali import DaliDecoder
 
     (clip,) = folder.glob("*.webm")
     request = DecodeRequest(path=str(clip), start=0, stride=2, num_frames=17, height=64, width=80)

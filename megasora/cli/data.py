@@ -88,8 +88,8 @@ def _stage_lines(summary: Any) -> list[str]:
 
 def _probe(arguments: list[str]) -> None:
     """FOLDER or TABLE: container facts of every file, broken ones with their reason."""
-    from megasora.data.filters.pool import Limits
-    from megasora.data.filters.probe import ProbeSettings, run_probe
+    from megasora.curation.pool import Limits
+    from megasora.curation.probe import ProbeSettings, run_probe
 
     source, args = _parsed(arguments, name="probe", parts={"settings": ProbeSettings, "limits": Limits})
     with row_bar("probe") as bar, file_errors(_interrupted(args.settings.output)):
@@ -100,8 +100,8 @@ def _probe(arguments: list[str]) -> None:
 
 def _shots(arguments: list[str]) -> None:
     """PROBE_TABLE: shots of one scene, without black borders, as frame ranges or new files."""
-    from megasora.data.filters.pool import Limits
-    from megasora.data.filters.shots import ShotsSettings, run_shots
+    from megasora.curation.pool import Limits
+    from megasora.curation.shots import ShotsSettings, run_shots
 
     source, args = _parsed(arguments, name="shots", parts={"settings": ShotsSettings, "limits": Limits})
     with row_bar("shots") as bar, file_errors(_interrupted(args.settings.output)):
@@ -111,8 +111,8 @@ def _shots(arguments: list[str]) -> None:
 
 def _score(arguments: list[str]) -> None:
     """SHOTS_TABLE: motion, blur, light, jitter, text, hashes, aesthetics of every clip."""
-    from megasora.data.filters.pool import Limits
-    from megasora.data.filters.score import ScoreSettings, run_score
+    from megasora.curation.pool import Limits
+    from megasora.curation.score import ScoreSettings, run_score
 
     source, args = _parsed(arguments, name="score", parts={"settings": ScoreSettings, "limits": Limits})
     with row_bar("score") as bar, file_errors(_interrupted(args.settings.output)):
@@ -122,8 +122,8 @@ def _score(arguments: list[str]) -> None:
 
 def _filter(arguments: list[str]) -> None:
     """SCORED_TABLE [--stage 256px|256px_i2v|768px] [rules]: keep the clips that pass, as a training manifest."""
-    from megasora.data.filters.rules import STAGES, FilterRules
-    from megasora.data.filters.selection import FilterSettings, run_filter
+    from megasora.curation.rules import STAGES, FilterRules
+    from megasora.curation.selection import FilterSettings, run_filter
 
     # the stage sets the rules' defaults, so it is looked up before the other flags are read
     words = [underscored(word) for word in arguments]
@@ -160,7 +160,7 @@ def _filter_lines(result: Any) -> list[str]:
 
 def _report(arguments: list[str]) -> None:
     """MANIFEST: one HTML page about what filter did."""
-    from megasora.data.filters.report import ReportSettings, run_report
+    from megasora.curation.report import ReportSettings, run_report
 
     source, args = _parsed(arguments, name="report", parts={"settings": ReportSettings})
     with file_errors():

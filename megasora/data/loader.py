@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megasora.data.decode import DECODE_TIMEOUT_S, BatchDecoder, Decoded, DecodeError, Decoder, DecodeRequest, normalise
+from megasora.data.decoding.contract import DECODE_TIMEOUT_S, BatchDecoder, Decoded, DecodeError, Decoder, DecodeRequest, normalise
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megasora.config.errors import UserError
 from megasora.config.schema import DataConfig, EncodersConfig, ModelConfig
 from megasora.data.buckets import choose_frames, choose_size, pixels_of, stride_to, token_grid
-from megasora.data.decode import DecodeRequest
+from megasora.data.decoding.contract import DecodeRequest
 from megasora.data.manifest import Clip, SkippedRow
 
 

@@ -13,9 +13,9 @@ from megasora.checkpoint.source import Select, open_source
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig, SampleConfig
 from megasora.config.validate import raise_on_problems
-from megasora.data.decode import DecodeError, DecodeRequest
-from megasora.data.decode_pyav import PyAVDecoder
-from megasora.data.video_writer import write_video
+from megasora.data.decoding.contract import DecodeError, DecodeRequest
+from megasora.data.decoding.pyav import PyAVDecoder
+from megasora.data.decoding.writer import write_video
 from megasora.models.encoders.bundle import load_encoders
 from megasora.models.mmdit.build import build_chunks
 from megasora.models.mmdit.weights import fill_parameters

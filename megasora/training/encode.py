@@ -24,7 +24,7 @@ from torch import Tensor
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
 from megasora.config.validate import raise_on_problems, refuse_missing_autoencoder
-from megasora.data.cache_identity import (
+from megasora.data.cache.identity import (
     FILE,
     FORMAT,
     NULL_FILE,
@@ -42,13 +42,8 @@ from megasora.data.cache_identity import (
     settings_of,
     version_differences,
 )
-from megasora.data.cache_layout import CacheLayout, CacheSize, cache_size, caption_of, facts_json, latent_names, readable_bytes, stored_runs
-from megasora.data.decode import Decoded, DecodeError, Decoder, normalise
-from megasora.data.decoders import open_decoder
-from megasora.data.loader import ClipLoader
-from megasora.data.manifest import SkippedRow, read_manifest
-from megasora.data.plan import PlannedClip, plan_clips, request_of
-from megasora.data.shards import (
+from megasora.data.cache.layout import CacheLayout, CacheSize, cache_size, caption_of, facts_json, latent_names, readable_bytes, stored_runs
+from megasora.data.cache.shards import (
     MEMBERS,
     BadShardError,
     ShardFacts,
@@ -60,6 +55,11 @@ from megasora.data.shards import (
     shard_name,
     write_whole,
 )
+from megasora.data.decoding.choice import open_decoder
+from megasora.data.decoding.contract import Decoded, DecodeError, Decoder, normalise
+from megasora.data.loader import ClipLoader
+from megasora.data.manifest import SkippedRow, read_manifest
+from megasora.data.plan import PlannedClip, plan_clips, request_of
 from megasora.diffusion.conditions import GivenFrames
 from megasora.diffusion.philox import Stream, key_of
 from megasora.models.encoders.bundle import Encoders, load_encoders

@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megasora.config.schema import RunConfig
-from megasora.data.decode import DecodeError, Decoder
+from megasora.data.decoding.contract import DecodeError, Decoder
 from megasora.data.plan import PlannedClip, request_of
 from megasora.diffusion.captions import training_caption
 from megasora.diffusion.patchify import patchify

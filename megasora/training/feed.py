@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasora.config.schema import RunConfig
-from megasora.data.cache import Cache
-from megasora.data.decode import Decoder
+from megasora.data.cache.reading import Cache
+from megasora.data.decoding.contract import Decoder
 from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, mix_of, next_step, sample_cost
 from megasora.diffusion.conditions import GivenFrames, condition_latent, draw_kind, given_frames
 from megasora.diffusion.flow import shift_of, training_time

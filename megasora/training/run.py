@@ -27,12 +27,12 @@ from megasora.config.errors import UserError
 from megasora.config.io import save_yaml, to_dict
 from megasora.config.schema import RunConfig
 from megasora.config.validate import raise_on_problems, refuse_missing_autoencoder
-from megasora.data.cache import Cache
-from megasora.data.decode import Decoder
-from megasora.data.decoders import open_decoder
+from megasora.data.cache.reading import Cache
+from megasora.data.decoding.choice import open_decoder
+from megasora.data.decoding.contract import Decoder
+from megasora.data.decoding.writer import write_video
 from megasora.data.manifest import Manifest, read_manifest
 from megasora.data.plan import PlannedClip, SamplerState, plan_clips
-from megasora.data.video_writer import write_video
 from megasora.models.encoders.bundle import Encoders, load_encoders
 from megasora.models.mmdit.build import build_chunks
 from megasora.models.mmdit.initialization import initialize_weights

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
-from megasora.data.cache import Cache, CacheLoader, ReadStep, Stored, open_cache
-from megasora.data.cache_identity import (
+from megasora.data.cache.identity import (
     NULL_FILE,
     CacheFacts,
     differences,
@@ -33,11 +32,12 @@ from megasora.data.cache_identity import (
     settings_of,
     version_differences,
 )
-from megasora.data.cache_layout import caption_of, latent_names
-from megasora.data.decode import Decoded, DecodeError, Decoder, normalise
+from megasora.data.cache.layout import caption_of, latent_names
+from megasora.data.cache.reading import Cache, CacheLoader, ReadStep, Stored, open_cache
+from megasora.data.cache.shards import BadSampleError, tensors_in
+from megasora.data.decoding.contract import Decoded, DecodeError, Decoder, normalise
 from megasora.data.loader import ClipLoader, LoadedStep
 from megasora.data.plan import PlannedClip, request_of
-from megasora.data.shards import BadSampleError, tensors_in
 from megasora.diffusion.conditions import GivenFrames
 from megasora.models.encoders.bundle import PARTS, Encoders
 from megasora.models.encoders.posterior import Posterior

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megasora.data.filters.planted import scene, write_clip
+from megasora.curation.planted import scene, write_clip
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("slurm/*.sbatch")])

@@ -16,11 +16,11 @@ from megasora import recipes
 from megasora.config.errors import UserError
 from megasora.config.schema import ConditionConfig, RunConfig
 from megasora.config.validate import raise_on_problems
-from megasora.data.decode_pyav import PyAVDecoder
+from megasora.data.decoding.pyav import PyAVDecoder
+from megasora.data.decoding.writer import write_video
 from megasora.data.manifest import read_manifest
 from megasora.data.plan import SamplerState, next_step, plan_clips
 from megasora.data.tiny_clips import PATTERNS, make_tiny_clips, manifest_row, write_manifest
-from megasora.data.video_writer import write_video
 from megasora.diffusion.conditions import draw_kind
 from megasora.diffusion.philox import Stream, key_of, uniform
 from megasora.models.encoders.bundle import PARTS, load_encoders

@@ -17,7 +17,7 @@ from megasora.checkpoint.source import open_source
 from megasora.config.errors import UserError
 from megasora.config.io import load_yaml
 from megasora.config.schema import ParallelConfig
-from megasora.data.video_writer import write_video
+from megasora.data.decoding.writer import write_video
 from megasora.inference import sample
 from megasora.inference.sample import run_sample
 from tests.parallel.runs import tiny_run, train_on_rank

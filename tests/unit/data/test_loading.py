@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasora.data.decode import DecodeError, DecodeRequest
-from megasora.data.decode_dali import DaliDecoder
-from megasora.data.decode_pyav import PyAVDecoder
+from megasora.data.decoding.contract import DecodeError, DecodeRequest
+from megasora.data.decoding.dali import DaliDecoder
+from megasora.data.decoding.pyav import PyAVDecoder
+from megasora.data.decoding.writer import write_video
 from megasora.data.loader import ClipLoader
-from megasora.data.video_writer import write_video
 
 
 def request(path: Path, *, start: int = 0, crop: tuple[int, int, int, int] | None = None) -> DecodeRequest:

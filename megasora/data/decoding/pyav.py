@@ -1,0 +1,279 @@
+"""Decoding with PyAV on the CPU: every codec of its FFmpeg, images included. Corrupt frames are errors, not pictures.
+
+A clip is decoded by one thread and clips run beside each other (`loader`): per CPU second that is the fastest (benchmarks/decode.py), and
+the bytes depend on the request alone, never on a thread count or on the key frame the read began at.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megasora.data.decoding.contract import DECODE_TIMEOUT_S, DecodeError, DecodeRequest, check_count, check_crop, covering_size
+
+SEEK_FROM_FRAME = 64
+"""Reads that start earlier count frames from the start of the file; a seek pays later on."""
+
+MOST_LEADING_FRAMES = 16
+"""Frames that may stand after a key frame in the file and before it on the screen (open groups of pictures): the reference frames H.264 and
+HEVC allow are 16. The key frame sought lies so far before the start that it is shown before it too."""
+
+ONE_FRAME_PER_PACKET = ("h264", "hevc", "vp9", "av1")
+"""Codecs whose packets are one shown frame each, so that packets can be counted for frames. VP8 has packets that show nothing, MPEG-4 in
+AVI packets with two frames."""
+
+
+_BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+"""Bicubic at every size: without accurate rounding swscale takes the nearest chroma where nothing is resized. Bit-exact between kinds of
+processor, as FFmpeg's own tests ask for."""
+
+
+_Pixels = NDArray[np.float32] | NDArray[np.uint8]
+
+
+class _LostCountError(DecodeError):
+    """A read that began at a key frame cannot tell frame numbers; counting from the start of the file can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoFacts:
+    """What a file's header says of its video stream."""
+
+    codec: str
+    """FFmpeg's name of the format: h264, vp9, av1, png."""
+    pixel_format: str
+    height: int
+    width: int
+
+
+class PyAVDecoder:
+    """Decoder for the CPU. Stateless, so threads may share it.
+
+    Args:
+        timeout_s: a clip that takes longer is an error.
+    """
+
+    def __init__(self, *, timeout_s: float = DECODE_TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
+
+    @property
+    def identity(self) -> str:
+        """See `Decoder.identity`."""
+        versions = (f"{name} {'.'.join(map(str, av.library_versions[name][:2]))}" for name in ("libavcodec", "libswscale"))
+        return " ".join((f"pyav {av.__version__}", *versions))
+
+    def decode(self, request: DecodeRequest) -> Tensor:
+        """See `Decoder.decode`."""
+        return self._decode(request, np.empty(_shape(request), dtype=np.float32))
+
+    def pixels(self, request: DecodeRequest) -> Tensor:
+        """See `Decoder.pixels`."""
+        return self._decode(request, np.empty(_shape(request), dtype=np.uint8))
+
+    def _decode(self, request: DecodeRequest, target: _Pixels) -> Tensor:
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            try:
+                self._read(request, target, deadline=deadline, seek=request.start >= SEEK_FROM_FRAME)
+            except _LostCountError:
+                self._read(request, target, deadline=deadline, seek=False)
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            reason = self._too_long if time.monotonic() > deadline else error
+            raise DecodeError(f"{request.path}: {reason}") from error
+        return torch.from_numpy(target)
+
+    @property
+    def _too_long(self) -> str:
+        return f"decoding took longer than {self.timeout_s:g} s"
+
+    def _read(self, request: DecodeRequest, target: _Pixels, *, deadline: float, seek: bool) -> None:
+        last = request.start + request.stride * (request.num_frames - 1)
+        resize = _Resize(request)
+        done, spoiled = 0, None
+        with av.open(request.path, timeout=max(deadline - time.monotonic(), 1e-3)) as container:
+            stream = _video_stream(container, request.path)
+            stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
+            for number, frame in _numbered(container, stream, start=request.start, seek=seek, deadline=deadline):
+                if number > last:
+                    break
+                if frame.is_corrupt:
+                    spoiled = number
+                elif frame.key_frame:  # nothing after it is predicted from before it
+                    spoiled = None
+                if number < request.start:
+                    continue
+                if spoiled is not None:  # also between strides: later frames are predicted from it
+                    raise DecodeError(f"{request.path}: frame {spoiled} is corrupt")
+                if (number - request.start) % request.stride == 0:
+                    resize.into(target[:, done], frame)
+                    done += 1
+        check_count(request, num_frames=done)
+
+
+def _shape(request: DecodeRequest) -> tuple[int, int, int, int]:
+    return 3, request.num_frames, request.height, request.width
+
+
+def video_facts(path: str, *, timeout_s: float = DECODE_TIMEOUT_S) -> VideoFacts:
+    """Codec and size of a file.
+
+    Raises:
+        DecodeError: it cannot be opened or has no video.
+    """
+    try:
+        with av.open(path, timeout=timeout_s) as container:
+            stream = _video_stream(container, path)
+            context = stream.codec_context
+            return VideoFacts(
+                codec=context.codec.canonical_name, pixel_format=context.pix_fmt or "", height=context.height, width=context.width
+            )
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise DecodeError(f"{path}: {error}") from error
+
+
+def _video_stream(container: av.container.InputContainer, path: str) -> av.VideoStream:
+    if not container.streams.video:
+        raise DecodeError(f"{path}: no video stream")
+    return container.streams.video[0]
+
+
+def _numbered(
+    container: av.container.InputContainer, stream: av.VideoStream, *, start: int, seek: bool, deadline: float
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(frame number, frame) from the start of the file, or from the last usable key frame before `start` on.
+
+    After a seek a frame's number is the number of packets shown before it, so it is exact at a variable frame rate as well.
+
+    Raises:
+        _LostCountError: packets do not tell the number, or decoding cannot begin at the key frame.
+        DecodeError: a later frame is missing.
+    """
+    if not seek or stream.codec_context.codec.canonical_name not in ONE_FRAME_PER_PACKET:
+        yield from enumerate(chain.from_iterable(packet.decode() for packet in _packets(container, stream, deadline=deadline)))
+        return
+    counted, packets = _packets_from_key_frame(container, stream, start=start, deadline=deadline)
+    stamps: list[int] = []  # of the packets since the key frame, in the order they are shown
+    key_stamp: int | None = None
+    expected: int | None = None
+    for packet in packets:
+        if packet.size:
+            if packet.pts is None:
+                raise _LostCountError("packets carry no time stamps")
+            key_stamp = packet.pts if key_stamp is None else key_stamp
+            if not packet.is_discard:
+                insort(stamps, packet.pts)
+        for frame in packet.decode():
+            if frame.pts is None or key_stamp is None:
+                raise _LostCountError("frames carry no time stamps")
+            if frame.pts < key_stamp:  # predicted from frames before the key frame
+                continue
+            number = counted + bisect_left(stamps, frame.pts)
+            if expected is None and frame.pts != stamps[bisect_left(stamps, key_stamp)]:
+                raise _LostCountError("the key frame itself did not come")  # a recovery point that takes some frames
+            if expected is not None and number != expected:
+                raise DecodeError(f"{container.name}: frame {expected} is missing")
+            expected = number + 1
+            yield number, frame
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream, *, deadline: float) -> Iterator[av.Packet]:
+    for packet in container.demux(stream):
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        yield packet
+
+
+def _packets_from_key_frame(
+    container: av.container.InputContainer, stream: av.VideoStream, *, start: int, deadline: float
+) -> tuple[int, Iterator[av.Packet]]:
+    """(packets shown before the first one, packets from a key frame on).
+
+    mp4 and mov index every packet, so the key frame's place is looked up and sought. Other containers are read from the start, but their
+    packets before the key frame are not decoded.
+    """
+    index = stream.index_entries
+    if "mp4" in container.format.name and len(index) == stream.frames > MOST_LEADING_FRAMES:
+        aim = index[min(start, len(index) - 1) - MOST_LEADING_FRAMES]
+        container.seek(aim.timestamp, stream=stream)
+        packets = _packets(container, stream, deadline=deadline)
+        first = next(packets)
+        place = index.search_timestamp(first.dts, any_frame=True) if first.dts is not None else -1
+        if place < 0 or index[place].pos != first.pos or not index[place].is_keyframe:
+            raise _LostCountError("the key frame is not in the index")
+        shown = place - sum(index[earlier].is_discard for earlier in range(place))
+        return shown, chain([first], packets)
+    packets = _packets(container, stream, deadline=deadline)
+    held: list[av.Packet] = []
+    place = key_place = 0
+    for packet in packets:
+        if packet.is_keyframe and place <= start - MOST_LEADING_FRAMES:
+            held.clear()
+            key_place = place
+        held.append(packet)
+        place += not packet.is_discard
+        if place > start - MOST_LEADING_FRAMES:
+            break
+    if not held[0].is_keyframe:
+        raise _LostCountError("the file does not begin with a key frame")
+    return key_place, chain(held, packets)
+
+
+class _Resize:
+    """Crop, resize to cover (bicubic, antialiased), cut the centre: frames of one request, with one scaler."""
+
+    def __init__(self, request: DecodeRequest) -> None:
+        self._request = request
+        self._scaler, self._upsampler = VideoReformatter(), VideoReformatter()
+        self._cropper: tuple[tuple[int, int, str], av.filter.Graph] | None = None
+
+    def into(self, target: _Pixels, frame: av.VideoFrame) -> None:
+        """Write a frame to `target` [3, height, width] as RGB, levels to uint8 and [-1, 1] to fp32 (while the frame is in the cache).
+
+        Planar RGB keeps the chroma's full resolution and is what `target` needs; swscale's packed rgb24 halves the chroma at even widths
+        and takes twice the time.
+        """
+        source = self._cropped(frame)
+        size = self._request.height, self._request.width
+        height, width = covering_size((source.height, source.width), size)
+        scaled = self._scaler.reformat(source, width=width, height=height, format="gbrp", interpolation=_BICUBIC, threads=1)
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        for channel, plane in enumerate((scaled.planes[2], scaled.planes[0], scaled.planes[1])):  # stored as G, B, R
+            rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
+            target[channel] = rows[top : top + size[0], left : left + size[1]]
+        if target.dtype == np.float32:
+            np.divide(target, np.float32(127.5), out=target)
+            np.subtract(target, np.float32(1), out=target)
+
+    def _cropped(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """The crop of a frame: a view of its planes, at most with the chroma brought to full size first."""
+        if self._request.crop is None:
+            return frame
+        check_crop(self._request, height=frame.height, width=frame.width)
+        x, y, width, height = self._request.crop
+        cell = 4 // frame.format.chroma_width(4), 4 // frame.format.chroma_height(4)
+        if x % cell[0] or y % cell[1]:  # the cut would move the chroma against the luma
+            frame = self._upsampler.reformat(frame, format="yuv444p", interpolation=_BICUBIC, threads=1)
+        kind = frame.width, frame.height, frame.format.name
+        if self._cropper is None or self._cropper[0] != kind:  # pictures of a stream may change their size
+            self._cropper = kind, _crop_graph(frame, f"{width}:{height}:{x}:{y}:exact=1")
+        graph = self._cropper[1]
+        graph.vpush(frame)
+        return graph.vpull()
+
+
+def _crop_graph(frame: av.VideoFrame, crop: str) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, graph.add("crop", crop), graph.add("buffersink")).configure()
+    return graph

@@ -1,1 +1,0 @@
-"""The data pyramid: probe files, find shots, score clips, filter by rules, report. Each stage reads a table and writes the next one."""
