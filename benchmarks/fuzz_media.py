@@ -17,10 +17,10 @@ from pathlib import Path
 from pyarrow import parquet
 
 from megasora.curation.mutations import make_mutated, make_seed_clips
-from megasora.curation.pool import Limits
-from megasora.curation.probe import ProbeSettings, run_probe
-from megasora.curation.score import ScoreSettings, run_score
-from megasora.curation.shots import ShotsSettings, run_shots
+from megasora.curation.probe import run_probe
+from megasora.curation.score import run_score
+from megasora.curation.settings import Limits, ProbeSettings, ScoreSettings, ShotsSettings
+from megasora.curation.shots import run_shots
 from megasora.data.decoding.contract import DecodeRequest
 from megasora.data.decoding.pyav import PyAVDecoder
 from megasora.data.loader import ClipLoader, Decoded

@@ -21,13 +21,13 @@ from typing import Any
 from pyarrow import parquet
 
 from megasora.curation.planted import make_planted, read_pictures
-from megasora.curation.pool import Limits
-from megasora.curation.probe import ProbeSettings, run_probe
-from megasora.curation.report import ReportSettings, run_report
+from megasora.curation.probe import run_probe
+from megasora.curation.report import run_report
 from megasora.curation.rules import STAGES
-from megasora.curation.score import ScoreSettings, run_score
-from megasora.curation.selection import FilterSettings, removed_table, run_filter
-from megasora.curation.shots import ShotsSettings, run_shots
+from megasora.curation.score import run_score
+from megasora.curation.selection import removed_table, run_filter
+from megasora.curation.settings import FilterSettings, Limits, ProbeSettings, ReportSettings, ScoreSettings, ShotsSettings
+from megasora.curation.shots import run_shots
 
 KNOWN = {
     "bigbuckbunny.mp4": ("kept", "one shot of 5.3 s"),

@@ -1,144 +1,138 @@
-"""Parsing that the commands share: tyro with its complaints made one line, recipes with overrides, positional paths."""
+"""From words to a command and its arguments: tyro's subcommands, with its complaints made one line."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import io
-import os
 import re
-import sys
-import typing
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, make_dataclass
+from typing import Annotated, Any, Union
 
 import tyro
 
-from megasora import recipes
+from megasora.cli.registry import Command, Group, find_commands
 from megasora.config.errors import UserError
-from megasora.config.io import load_yaml
-from megasora.config.schema import RunConfig
 
-ArgsT = TypeVar("ArgsT")
+HELP = ("-h", "--help")
 
 
-def leave(code: int) -> None:
-    """End now: a failed rank must not wait in a destructor for ranks that go on."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)
-    sys.exit(code)
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def flags_of(kind: Any, prefix: str = "") -> list[str]:
-    """Every flag of a (nested) dataclass, with underscores."""
-    hints = typing.get_type_hints(kind)
-    names: list[str] = []
-    for field in fields(kind):
-        hint = hints[field.name]
-        names += flags_of(hint, f"{prefix}{field.name}.") if is_dataclass(hint) else [f"--{prefix}{field.name}"]
-    return names
-
-
-def parse(kind: Callable[..., ArgsT], arguments: list[str], *, default: ArgsT | None = None, prog: str) -> ArgsT:
-    """tyro, with its complaints made one line.
+def parse(words: Sequence[str]) -> tuple[Command, Any]:
+    """The command that the words name, and its arguments.
 
     Raises:
-        UserError: an unknown flag or a value of the wrong type.
+        UserError: no such command or flag, or a value of the wrong type; one line.
+        SystemExit: help or a completion script was asked for, and printed.
     """
-    text = io.StringIO()
-    extra = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(text):
-            return tyro.cli(kind, args=arguments, prog=prog, use_underscores=True, **extra)  # type: ignore[no-any-return,call-overload]
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UserError(_one_line(text.getvalue(), prog)) from None
+    root = find_commands()
+    words = _asking_for_help(root, words)
+    with _one_line():
+        args: Any = tyro.cli(_subcommands(root, words), args=words, prog="megasora", use_underscores=True)
+    while hasattr(args, "chosen_command"):
+        args = args.chosen_command
+    command = next(command for command in _flat(root) if command.kind is type(args))
+    return command, args
 
 
-def _one_line(complaint: str, prog: str) -> str:
-    plain = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+", " ", complaint)
-    words = re.sub(r"\s+", " ", plain).strip()
-    words = re.sub(r"^(Parsing error|Unrecognized options|Required options)\s*", "", words)
-    words = re.split(r"\s*(?:For full helptext|Argument helptext)", words)[0]
-    return f"{words} (megasora {prog.removeprefix('megasora ')} --help lists the flags)"
-
-
-def run_config(arguments: list[str], *, command: str) -> RunConfig:
-    """RECIPE [--section.field value ...] -> config.
+def parse_some(kind: type, words: Sequence[str]) -> Any:
+    """The flags of a dataclass among words that also have others; for `defaults` that depend on a flag.
 
     Raises:
-        UserError: no such recipe or flag, or a value of the wrong type.
+        UserError: a value of the wrong type.
     """
-    if arguments[:1] in (["--help"], ["-h"]):
-        print(f"usage: megasora {command} RECIPE [--section.field value ...]; megasora {command} tiny --help lists every setting")
-        print(f"recipes: {', '.join(recipes.RECIPES)}, or the config.yaml of a run")
-        raise SystemExit(0)
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError(f"{command} needs a recipe or a config.yaml: megasora {command} RECIPE; there are {', '.join(recipes.RECIPES)}")
-    name, overrides = arguments[0], [underscored(argument) for argument in arguments[1:]]
-    config = load_yaml(Path(name)) if name.endswith((".yaml", ".yml")) else recipes.get(name)
-    known = flags_of(RunConfig)
-    for argument in overrides:
-        flag = argument.split("=")[0]
-        if flag.startswith("--") and flag not in known and flag != "--help" and f"--{flag[2:].replace('.no_', '.')}" not in known:
-            near = difflib.get_close_matches(flag, known, n=1)
-            raise UserError(f"unknown flag {flag}{f'; did you mean {near[0]}?' if near else ''}")
-    return parse(RunConfig, overrides, default=config, prog=f"megasora {command} {name}")
+    args: Any
+    with _one_line():
+        args, _ = tyro.cli(
+            kind, args=[word for word in words if word not in HELP], return_unknown_args=True, use_underscores=True, add_help=False
+        )
+    return args
 
 
-def underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+def _asking_for_help(root: Group, words: Sequence[str]) -> list[str]:
+    """The words; `megasora`, `megasora help` and `megasora data` list the commands there."""
+    place: Command | Group | None = root
+    for word in words:
+        place = place.members.get(word) if isinstance(place, Group) else None
+    if list(words) == ["help"]:
+        return ["--help"]
+    return [*words, "--help"] if isinstance(place, Group) else list(words)
 
 
-def partition(arguments: list[str], own: set[str]) -> tuple[list[str], list[str]]:
-    """(flags in `own` with their values, the rest)."""
-    mine: list[str] = []
-    rest: list[str] = []
-    target = rest
-    for argument in arguments:
-        if argument.startswith("--"):
-            target = mine if argument.split("=")[0] in own else rest
-        target.append(argument)
-    return mine, rest
+def _flat(group: Group) -> Iterator[Command]:
+    for member in group.members.values():
+        if isinstance(member, Group):
+            yield from _flat(member)
+        else:
+            yield member
 
 
-def paths(arguments: list[str], count: int, *, usage: str, kind: Callable[..., Any]) -> list[Path]:
-    """The leading arguments that name files; `--help` shows the flags.
+def _subcommands(group: Group, words: Sequence[str]) -> Any:
+    """tyro's type of a group. The command that the words name gets the defaults they ask for."""
+    choices: list[Any] = []
+    for name, member in group.members.items():
+        rest = words[1:] if words and words[0] == name else None
+        choices.append(_choice(name, member, rest))
+    return Union[tuple(choices)]  # noqa: UP007 - built from a list
 
-    Raises:
-        UserError: too few of them.
-    """
-    if arguments[:1] in (["--help"], ["-h"]):
-        parse(kind, ["--help"], prog=usage)
-    if len(arguments) < count or any(argument.startswith("-") for argument in arguments[:count]):
-        raise UserError(f"usage: {usage} [flags]; --help lists the flags")
-    return [Path(argument) for argument in arguments[:count]]
+
+def _choice(name: str, member: Command | Group, rest: Sequence[str] | None) -> Any:
+    if isinstance(member, Group):
+        inner: Any = Annotated[_subcommands(member, rest or ()), tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        kind = make_dataclass(name, [("chosen_command", inner)], frozen=True, kw_only=True)
+        kind.__doc__ = member.about
+        return Annotated[kind, tyro.conf.subcommand(name)]
+    if rest is None or member.defaults is None:
+        return Annotated[member.kind, tyro.conf.subcommand(name)]
+    return Annotated[member.kind, tyro.conf.subcommand(name, default=_with_defaults(member.kind, member.defaults(rest)))]
+
+
+def _with_defaults(kind: type, given: Mapping[str, Any]) -> Any:
+    required = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
+    return kind(**{**dict.fromkeys(required, tyro.MISSING_NONPROP), **given}) if given else tyro.MISSING_NONPROP
 
 
 @contextlib.contextmanager
-def file_errors(interrupted: str | None = None) -> Iterator[None]:
-    """Make the operating system's refusals one line, and say what an interruption leaves.
-
-    Raises:
-        UserError: a file cannot be read or written.
-    """
+def _one_line() -> Iterator[None]:
+    text = io.StringIO()
     try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
-    except KeyboardInterrupt:
-        if interrupted:
-            print(f"megasora: {interrupted}", file=sys.stderr)
-        raise
+        with contextlib.redirect_stderr(text):
+            yield
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(one_line(text.getvalue())) from None
+
+
+def one_line(complaint: str) -> str:
+    """A complaint of tyro's, which is a framed text of many lines, as one line with the nearest name or the command that helps."""
+    plain = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+", " ", complaint)
+    words = re.sub(r"\s+", " ", plain).strip()
+    helps = re.search(r"(?:run|see):? (megasora(?: [\w-]+)*) --help", words)
+    cure = f"({helps.group(1) if helps else 'megasora'} --help lists what there is)"
+    unknown = re.search(r"Unrecognized (?:or misplaced )?options: (\S+)", words)
+    missing = re.search(r"Missing from (megasora(?: [\w-]+)*): (.*\(required\))", words)
+    if unknown:
+        name = unknown.group(1).rstrip(",").split("=")[0]
+        is_command = "Available subcommands" in words and not name.startswith("-")
+        what = "command" if is_command else "flag" if name.startswith("-") else "argument"
+        near = _nearest(name, words)
+        return f"no {what} {name}{f'; did you mean {near}?' if near else f' {cure}'}"
+    if missing:
+        names = [entry.split()[0] for entry in missing.group(2).split("(required)") if entry.strip()]
+        return f"{missing.group(1).removeprefix('megasora ')} needs {', '.join(names)} {cure}"
+    what = re.split(r"\s*(?:For full helptext|Argument helptext)", words)[0]
+    return f"{re.sub(_TITLE, '', what)} {cure}"
+
+
+_TITLE = r"^(Parsing error|Value error|Invalid choice|Missing argument|Required options|Missing subcommand)\s*"
+
+
+def _nearest(name: str, words: str) -> str | None:
+    """The command or flag a misspelled one stands for: tyro's guess, or the nearest of those its complaint names."""
+    guess = re.search(r"Perhaps you meant: (--[\w.]+)", words)
+    if guess:
+        return guess.group(1)
+    known = re.search(r"Available subcommands: ((?:[\w-]+, )*[\w-]+)", words)
+    names = known.group(1).split(", ") if known and not name.startswith("-") else re.findall(r"--[\w.]+", words.replace(name, ""))
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)

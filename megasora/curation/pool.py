@@ -24,6 +24,7 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from megasora.config.errors import UserError
+from megasora.curation.settings import Limits
 
 Row = dict[str, Any]
 Work = Callable[[Row], list[Row]]
@@ -33,28 +34,6 @@ _WAITING_PER_WORKER = 4
 """Rows handed over ahead of each worker: enough that none waits, few enough that millions of rows are never held."""
 _RAY_BLOCK = 8
 """Rows of a Ray message: a score takes a second or so, a message a millisecond."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How rows are worked on."""
-
-    workers: int | None = None
-    """Worker processes; None takes one per core (of the cluster, with --ray)."""
-    timeout_s: float = 300.0
-    """Longest time for one row; its worker is killed then."""
-    memory_gb: float = 4.0
-    """Most gigabytes (1e9 bytes) of private memory of a worker."""
-    ray: str | None = None
-    """Address of a Ray cluster (host:port, ray://host:port or auto), or `local` for one on this machine; None uses local processes."""
-
-    def problems(self) -> str | None:
-        """What cannot work, in one line; None when all is well."""
-        if self.workers is not None and self.workers < 1:
-            return f"--workers {self.workers} must be at least 1"
-        if self.timeout_s <= 0 or self.memory_gb <= 0:
-            return f"--timeout_s {self.timeout_s:g} and --memory_gb {self.memory_gb:g} must be positive"
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)

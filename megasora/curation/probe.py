@@ -18,25 +18,14 @@ import numpy as np
 
 from megasora.config.errors import UserError
 from megasora.curation.columns import PROBE
-from megasora.curation.pool import Limits, Row
+from megasora.curation.pool import Row
+from megasora.curation.settings import Limits, ProbeSettings
 from megasora.curation.tables import OnProgress, Stage, Summary, any_table_rows, run_stage
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".flv", ".wmv", ".gif", ".3gp", ".ogv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _UNEVEN = 0.5
 """Frames whose time stamps are off the even grid by more than this part of a frame make a variable rate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeSettings:
-    """Facts of every file of a folder (or of a csv/parquet list with a column path): codec, size, frames, rate, bits per pixel, damage."""
-
-    output: Path
-    """Parquet table to write."""
-    captions: str = "sidecar"
-    """Where captions come from: sidecar (<name>.txt, or <name>.json with "text" or "caption"), none, or a column of the list."""
-    overwrite: bool = False
-    """Replace a table that is there."""
 
 
 def run_probe(source: Path, settings: ProbeSettings, *, limits: Limits, on_progress: OnProgress | None = None) -> tuple[Summary, int]:

@@ -9,7 +9,6 @@ import base64
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from megasora.config.errors import UserError
 from megasora.curation.frames import DamagedClipError, SmallFrames, Span, read_frames
 from megasora.curation.pool import Row
 from megasora.curation.selection import record_file, removed_table
+from megasora.curation.settings import ReportSettings
 from megasora.curation.tables import table_schema
 
 _PICTURE_PX = 176
@@ -58,18 +58,6 @@ GROUPS = {
     "ELSE 'unknown' END",
 }
 """Words -> SQL of the groups that are counted before and after."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportSettings:
-    """One HTML page about a filter run: clips removed by each rule, histograms of the scores, pictures of kept and removed clips."""
-
-    output: Path
-    """HTML file to write."""
-    examples: int = 6
-    """Pictures of kept clips, and of those each rule removed."""
-    overwrite: bool = False
-    """Replace a page that is there."""
 
 
 def run_report(source: Path, settings: ReportSettings) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import av
 import cv2
@@ -24,10 +24,9 @@ from megasora.config.errors import UserError
 from megasora.curation.aesthetic import AestheticModel, read_note
 from megasora.curation.columns import SCORES
 from megasora.curation.frames import DamagedClipError, FilterGraph, SmallFrames, Span, evenly, full_bgr, read_frames
-from megasora.curation.pool import Limits, Row
+from megasora.curation.pool import Row
+from megasora.curation.settings import Limits, ScoreName, ScoreSettings
 from megasora.curation.tables import OnProgress, Stage, Summary, clip_schema, run_over_table, with_columns
-
-ScoreName = Literal["motion", "blur", "light", "jitter", "text", "hashes", "aesthetic"]
 
 COLUMNS: dict[ScoreName, tuple[str, ...]] = {
     "motion": ("vmaf_motion",),
@@ -51,34 +50,6 @@ _FREEZE_LEVELS = 0.001 * 255
 _BLACK_LEVEL = 16
 _BLACK_PART = 0.98
 """A frame of which so much is darker than the level is black. FFmpeg's blackdetect: pic_th 0.98."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreSettings:
-    """Score clips of a shots (or probe) table for the filter; a clip that fails keeps its row, with the reason."""
-
-    output: Path
-    """Parquet table to write."""
-    scores: tuple[ScoreName, ...] = ("motion", "blur", "light", "jitter", "text", "hashes")
-    """Which scores. Text boxes cost most (about a second of one core per clip); aesthetic needs --aesthetic."""
-    aesthetic: Path | None = None
-    """Folder with clip/, head.safetensors and aesthetic.json; see docs/data.md."""
-    captioner: str | None = None
-    """module:function that captions clips without text: called with (frames uint8 [n, H, W, 3] RGB, row), returns the caption."""
-    captioner_frames: int = 8
-    """Frames the captioner is given, evenly spaced."""
-    overwrite: bool = False
-    """Replace a table that is there."""
-
-    def problems(self) -> str | None:
-        """What cannot work, in one line; None when all is well."""
-        if not self.scores and not self.captioner:
-            return f"--scores is empty; choose from {', '.join(get_args(ScoreName))}"
-        if ("aesthetic" in self.scores) != (self.aesthetic is not None):
-            return "--scores aesthetic and --aesthetic FOLDER go together: the score needs weights, and weights a score"
-        if self.captioner is not None and self.captioner.count(":") != 1:
-            return f"--captioner {self.captioner!r} must be module:function"
-        return None
 
 
 def run_score(source: Path, settings: ScoreSettings, *, limits: Limits, on_progress: OnProgress | None = None) -> Summary:

@@ -22,25 +22,12 @@ import pyarrow.compute as pc
 
 from megasora.config.errors import UserError
 from megasora.curation.duplicates import HASH_BITS, duplicate_of
-from megasora.curation.rules import SCORED_BY, FilterRules, Rule, StageName, active_rules
+from megasora.curation.rules import SCORED_BY, FilterRules, Rule, active_rules
+from megasora.curation.settings import FilterSettings
 from megasora.curation.tables import METADATA_KEY, any_table_rows, clip_schema, metadata_of, write_table
 
 DUPLICATES = "duplicate_bits"
 """Name of the rule that is not SQL."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilterSettings:
-    """Keep the clips that pass a stage's rules, as a training manifest; removed ones go to <output>.removed.parquet with their reasons."""
-
-    output: Path
-    """Manifest to write (parquet)."""
-    stage: StageName = "256px"
-    """Stage of the pyramid, which sets the defaults of the rules."""
-    captions: Path | None = None
-    """Table (csv or parquet) with text and id or path: captions that replace those of the input."""
-    overwrite: bool = False
-    """Replace a manifest that is there."""
 
 
 @dataclass(frozen=True, kw_only=True)

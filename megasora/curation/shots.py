@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
@@ -23,7 +23,8 @@ from scenedetect.detectors import AdaptiveDetector, ContentDetector
 from megasora.config.errors import UserError
 from megasora.curation.columns import PROBE, SHOTS
 from megasora.curation.frames import DamagedClipError, FilterGraph, SmallFrames, Span, read_frames
-from megasora.curation.pool import Limits, Row
+from megasora.curation.pool import Row
+from megasora.curation.settings import Limits, ShotsSettings
 from megasora.curation.tables import OnProgress, Stage, Summary, clip_schema, run_over_table, with_columns
 
 _SMALL_PX = 256
@@ -33,46 +34,6 @@ _BORDER_LUMA = 12
 """A row or column whose mean luma never exceeds this (of 255) in a shot is border. cropdetect's limit, 24 of TV range, is 9."""
 _BORDER_MIN_PX = 4
 """Thinner borders are left: encoders pad sizes by a pixel or two."""
-
-Detector = Literal["adaptive", "content", "scdet"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShotsSettings:
-    """Cut probed files into shots of one scene without black borders, as frame ranges or re-encoded."""
-
-    output: Path
-    """Parquet table to write."""
-    detector: Detector = "adaptive"
-    """adaptive and content are PySceneDetect's (adaptive bears camera motion); scdet is libavfilter's, the published tool."""
-    threshold: float | None = None
-    """Of the detector; None takes its own: adaptive 3 (ratio to the neighbours), content 27 (of 255), scdet 10 (of 100)."""
-    max_seconds: float = 8.0
-    """Longer shots are cut into pieces of this length. Open-Sora 2.0 report, section 2.1."""
-    min_seconds: float = 2.0
-    """Shorter pieces are not re-encoded; `filter` drops them. Same source."""
-    borders: bool = True
-    """Look for black borders and crop them."""
-    clips: Path | None = None
-    """Folder for re-encoded clips; None keeps frame ranges of the source files."""
-    max_fps: float = 30.0
-    """Re-encoded clips take every k-th frame so that their rate is at most this. Same source."""
-    max_long_side: int = 1080
-    """Re-encoded clips are scaled down to this long side, in pixels. Same source."""
-    crf: int = 16
-    """Quality of re-encoded clips (x264's constant rate factor; 17 and below are visually lossless by FFmpeg's H.264 guide)."""
-    overwrite: bool = False
-    """Replace a table that is there."""
-
-    def problems(self) -> str | None:
-        """What cannot work, in one line; None when all is well."""
-        if not 0 < self.min_seconds <= self.max_seconds:
-            return f"--min_seconds {self.min_seconds:g} must be positive and at most --max_seconds {self.max_seconds:g}"
-        if self.max_fps <= 0 or self.max_long_side < 16 or not 0 <= self.crf <= 51:
-            return (
-                f"--max_fps {self.max_fps:g} must be positive, --max_long_side {self.max_long_side} at least 16, --crf {self.crf} in 0-51"
-            )
-        return None
 
 
 def run_shots(source: Path, settings: ShotsSettings, *, limits: Limits, on_progress: OnProgress | None = None) -> Summary:

@@ -22,7 +22,8 @@ from pyarrow import csv, parquet
 
 from megasora.config.errors import UserError
 from megasora.curation.columns import PROBE
-from megasora.curation.pool import Limits, Row, Work, outcomes
+from megasora.curation.pool import Row, Work, outcomes
+from megasora.curation.settings import Limits
 
 METADATA_KEY = b"megasora"
 """Where a table says which stage wrote it, with which settings."""

@@ -15,9 +15,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from megasora.config.errors import UserError
 from megasora.curation.aesthetic import AestheticModel
 from megasora.curation.planted import scene, write_clip
-from megasora.curation.pool import Limits
-from megasora.curation.probe import ProbeSettings, run_probe
-from megasora.curation.score import ScoreSettings, run_score
+from megasora.curation.probe import run_probe
+from megasora.curation.score import run_score
+from megasora.curation.settings import Limits, ProbeSettings, ScoreSettings
 from megasora.curation.tables import metadata_of, table_schema
 
 

@@ -23,9 +23,10 @@ from megasora.config.errors import UserError
 from megasora.curation.columns import SCORES, SHOTS
 from megasora.curation.duplicates import duplicate_of
 from megasora.curation.planted import scene, write_clip
-from megasora.curation.report import ReportSettings, run_report
+from megasora.curation.report import run_report
 from megasora.curation.rules import STAGES, FilterRules, active_rules, without
-from megasora.curation.selection import FilterSettings, record_file, removed_table, run_filter
+from megasora.curation.selection import record_file, removed_table, run_filter
+from megasora.curation.settings import FilterSettings, ReportSettings
 from megasora.data.manifest import read_manifest
 
 SCHEMA = pa.schema([*SHOTS, *(field for field in SCORES if field.name != "aesthetic")])

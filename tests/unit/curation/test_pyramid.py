@@ -21,10 +21,11 @@ from megasora.config.errors import UserError
 from megasora.curation.columns import SCORES, SHOTS
 from megasora.curation.frames import FilterGraph, SmallFrames, Span, read_frames
 from megasora.curation.planted import Pictures, make_planted, scene, write_clip
-from megasora.curation.pool import Limits, Row
-from megasora.curation.probe import ProbeSettings, probe_row, run_probe
-from megasora.curation.score import ScoreSettings, run_score, score_row
-from megasora.curation.shots import ShotsSettings, cut_row, run_shots
+from megasora.curation.pool import Row
+from megasora.curation.probe import probe_row, run_probe
+from megasora.curation.score import run_score, score_row
+from megasora.curation.settings import Limits, ProbeSettings, ScoreSettings, ShotsSettings
+from megasora.curation.shots import cut_row, run_shots
 from megasora.data.manifest import read_manifest
 
 NAMES = ("good.mp4", "good_vp9.webm", "cut_tail.mp4", "cut_data.mp4", "cut.webm", "flipped.mp4", "empty.mp4", "noise.mp4", "text.mp4")

@@ -14,7 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from megasora.config.errors import UserError
-from megasora.curation.pool import Limits, LocalPool, Row
+from megasora.curation.pool import LocalPool, Row
+from megasora.curation.settings import Limits
 from megasora.curation.tables import Stage, metadata_of, run_stage, table_schema
 
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.int64()), ("hashes", pa.list_(pa.binary(4))), ("error", pa.string())])

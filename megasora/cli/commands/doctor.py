@@ -1,0 +1,70 @@
+"""`megasora doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megasora.cli.endings import Answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """What is installed, and what each missing part would bring."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def run(args: Args) -> Answer:
+    """One row a part."""
+    rows = [*_packages(), _cuda()]
+    return Answer(data=rows, show=lambda: _show(rows))
+
+
+def _show(rows: list[dict[str, str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("part", "state", "brings")
+    for row in rows:
+        table.add_row(*(escape(row[column]) for column in ("part", "state", "brings")))
+    Console().print(table)
+
+
+def _packages() -> list[dict[str, str]]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    parts = (
+        ("torch", "tensors", "pip install torch"),
+        ("megatron-core", "tensor, pipeline and data parallelism", "pip install megatron-core==0.16.1"),
+        ("transformer-engine", "FP8 and fused layers on CUDA", 'pip install "megasora[gpu]"'),
+        ("flash-attn", "variable-length attention on CUDA", 'pip install "megasora[flash]"'),
+        ("nvidia-dali-cuda130", "video decoding on the GPU", 'pip install "megasora[data]"'),
+        ("av", "video decoding on the CPU, mp4 output", "pip install av"),
+        ("duckdb", "data filter and report, tables of clips", 'pip install "megasora[data]"'),
+        ("pebble", "killable workers of data probe, shots and score", 'pip install "megasora[data]"'),
+        ("scenedetect-headless", "scene cuts", 'pip install "megasora[data]"'),
+        ("opencv-python-headless", "blur and light scores", 'pip install "megasora[data]"'),
+        ("rapidocr", "text in clips", 'pip install "megasora[data]"'),
+        ("pdqhash", "hashes of frames", 'pip install "megasora[data]"'),
+        ("faiss-cpu", "near-duplicates", 'pip install "megasora[data]"'),
+        ("ray", "data probe, shots and score on a cluster", 'pip install "megasora[ray]"'),
+        ("diffusers", "the HunyuanVideo autoencoder", "pip install diffusers"),
+        ("transformers", "T5 and CLIP", "pip install transformers"),
+        ("tensorboard", "curves", "pip install tensorboard"),
+    )
+    rows = []
+    for name, brings, cure in parts:
+        try:
+            rows.append({"part": name, "state": version(name), "brings": brings})
+        except PackageNotFoundError:
+            rows.append({"part": name, "state": f"missing: {cure}", "brings": brings})
+    return rows
+
+
+def _cuda() -> dict[str, str]:
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {"part": "CUDA devices", "state": ", ".join(names) or "none: the CPU backend runs", "brings": "speed, FP8, NVDEC"}

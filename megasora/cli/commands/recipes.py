@@ -1,0 +1,36 @@
+"""`megasora recipes`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megasora import recipes
+from megasora.cli.endings import Answer
+from megasora.config.parameters import parameter_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """List the recipes."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def run(args: Args) -> Answer:
+    """Names, sizes, what they are for."""
+    rows = [
+        {"name": name, "parameters": parameter_count(recipe().model), "about": (recipe.__doc__ or "").splitlines()[0]}
+        for name, recipe in recipes.RECIPES.items()
+    ]
+    return Answer(data=rows, show=lambda: _show(rows))
+
+
+def _show(rows: list[dict[str, object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "parameters", "about")
+    for row in rows:
+        table.add_row(str(row["name"]), f"{row['parameters']:,}", str(row["about"]))
+    Console().print(table)
