@@ -27,7 +27,8 @@ from megasora.models.encoders.bundle import PARTS, load_encoders
 from megasora.models.encoders.tiny import make_tiny_encoders
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel import groups
-from megasora.training.encode import EncodeResult, EncodeSettings, run_encode
+from megasora.training.encode.run import run_encode
+from megasora.training.encode.settings import EncodeResult, EncodeSettings
 from megasora.training.feed import Feeder
 from megasora.training.samples import encoders_needed, open_training_cache, refuse_missing_encoders
 from tests.parallel.test_parity import layout

@@ -12,7 +12,7 @@ from megasora.cli.endings import Answer, file_errors, lines
 from megasora.cli.progress import row_bar
 from megasora.cli.recipe_arguments import RecipeArgs, config_defaults
 from megasora.config.io import to_dict
-from megasora.training.encode import EncodeSettings
+from megasora.training.encode.settings import EncodeSettings
 
 EXTRA = "data"
 
@@ -33,7 +33,7 @@ def defaults(words: Sequence[str]) -> Mapping[str, Any]:
 
 def run(args: Args) -> Answer:
     """Write this task's shards."""
-    from megasora.training.encode import run_encode
+    from megasora.training.encode.run import run_encode
 
     interrupted = f"interrupted; finished shards are kept in {args.settings.output}: the same command goes on"
     with row_bar("encode") as bar, file_errors(interrupted):

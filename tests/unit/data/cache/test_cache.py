@@ -39,7 +39,9 @@ from megasora.data.manifest import read_manifest
 from megasora.data.plan import plan_clips
 from megasora.data.tiny_clips import make_tiny_clips
 from megasora.models.encoders.tiny import make_tiny_encoders
-from megasora.training.encode import EncodeResult, EncodeSettings, plan_encode, run_encode, task_of
+from megasora.training.encode.plan import plan_encode, task_of
+from megasora.training.encode.run import run_encode
+from megasora.training.encode.settings import EncodeResult, EncodeSettings
 
 BROKEN = 1
 
