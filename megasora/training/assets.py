@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
-from megasora.training.samples import refuse_missing_encoders
+from megasora.training.prerequisites import refuse_missing_encoders
 
 
 def with_assets(config: RunConfig, *, folder: Path) -> RunConfig:

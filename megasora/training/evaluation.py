@@ -1,6 +1,7 @@
 """Held-out loss: fixed clips, noise and times, so that two checkpoints differ only by their weights.
 
-Every clip is measured at the middle of each of B equal bins of t with its own fixed noise; clips are dealt out over the replicas.
+Every clip is encoded as training encodes it (a sample of the posterior comes from a fixed draw) and measured at the middle of each of B
+equal bins of t with its own fixed noise; clips are dealt out over the replicas.
 """
 
 from __future__ import annotations
@@ -14,26 +15,29 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megasora.config.schema import RunConfig
-from megasora.data.decoding.contract import DecodeError, Decoder
-from megasora.data.plan import PlannedClip, request_of
-from megasora.diffusion.captions import training_caption
+from megasora.data.decoding.contract import Decoder
+from megasora.data.plan import PlannedClip
 from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of
 from megasora.models.encoders.bundle import Encoders
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
+from megasora.training.material import Material, scaled_latents
 from megasora.training.microbatch import TrainingSample, build_microbatch, velocity_loss
+from megasora.training.samples import SampleSource
 
 EVAL_SEED = 20_250_312
 """Fixed, so that every run of a model measures the same noise."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class HeldOut:
     """A held-out clip, encoded."""
 
     clip: PlannedClip
+    number: int
+    """Among the clips that could be encoded; names its fixed draws."""
     tokens: torch.Tensor
     text: torch.Tensor
     vec: torch.Tensor
@@ -44,7 +48,7 @@ class Evaluator:
 
     Args:
         clips: held-out clips that fit the model.
-        config, context, encoders, decoder: the run's.
+        config, context, encoders, decoder: the run's; all encoders are loaded.
         dtype: activations of the model.
     """
 
@@ -61,11 +65,28 @@ class Evaluator:
         self.config, self.context, self.dtype = config, context, dtype
         self.held_out: list[HeldOut] = []
         self.failed: list[tuple[str, str]] = []
-        for clip in clips:
-            try:
-                self.held_out.append(_encode(clip, config=config, encoders=encoders, decoder=decoder))
-            except DecodeError as error:
-                self.failed.append((clip.clip.id, str(error)))
+        one_by_one = ([sample] for sample in range(len(clips)))
+        source = SampleSource(one_by_one, clips=clips, config=config, encoders=encoders, decoder=decoder, cache=None, device=context.device)
+        try:
+            for clip, step in zip(clips, source, strict=True):
+                (material,) = step.clips
+                if isinstance(material, str):
+                    self.failed.append((clip.clip.id, material))
+                else:
+                    self.held_out.append(self._encoded(clip, material, scaling_factor=source.scaling_factor))
+        finally:
+            source.close()
+
+    def _encoded(self, clip: PlannedClip, material: Material, *, scaling_factor: float) -> HeldOut:
+        number = len(self.held_out)
+        (latent,) = scaled_latents(
+            material.latents,
+            posterior=self.config.encoders.posterior,
+            key=key_of(seed=EVAL_SEED, stream=Stream.VAE, sample=number),
+            scaling_factor=scaling_factor,
+        )
+        tokens = patchify(latent, patch=self.config.model.patch_size)
+        return HeldOut(clip=clip, number=number, tokens=tokens, text=material.text, vec=material.vec)
 
     def measure(self, chunks: Sequence[nn.Module], megatron_config: TransformerConfig) -> dict[str, float]:
         """Mean loss by time bin (keys are the bins' middles), the same on every rank; all ranks call it together."""
@@ -96,7 +117,6 @@ class Evaluator:
     def _microbatch(self, held_out: HeldOut | None, *, t: float) -> MicroBatch:
         real = held_out or self.held_out[0]
         at, topology = self.context.at, self.context.topology
-        number = self.held_out.index(real)
         cond = torch.zeros(len(real.tokens), self.config.model.cond_channels) if self.config.model.cond_embed else None
         sample = TrainingSample(
             tokens=real.tokens,
@@ -104,7 +124,7 @@ class Evaluator:
             vec=real.vec,
             cond=cond,
             t=t,
-            noise_key=key_of(seed=EVAL_SEED, stream=Stream.EVAL, sample=number),
+            noise_key=key_of(seed=EVAL_SEED, stream=Stream.EVAL, sample=real.number),
             weight=1.0 if held_out is not None else 0.0,
         )
         pack = Pack(
@@ -122,10 +142,3 @@ class Evaluator:
             first_stage=at.pp == 0,
             last_stage=at.pp == topology.pp - 1,
         )
-
-
-def _encode(clip: PlannedClip, *, config: RunConfig, encoders: Encoders, decoder: Decoder) -> HeldOut:
-    latent = encoders.vae.encode(decoder.decode(request_of(clip)))
-    caption = training_caption(clip.clip.text, fps=clip.fps, motion_score=clip.clip.motion_score)
-    text, vec = encoders.encode_text([caption], max_tokens=clip.text_tokens)
-    return HeldOut(clip=clip, tokens=patchify(latent, patch=config.model.patch_size), text=text[0], vec=vec[0])

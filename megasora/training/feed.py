@@ -26,13 +26,13 @@ from megasora.diffusion.flow import shift_of, training_time
 from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of, normal, uniform
 from megasora.models.encoders.bundle import Encoders
-from megasora.models.encoders.posterior import Posterior
 from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
+from megasora.training.material import Material, scaled_latents
 from megasora.training.microbatch import TrainingSample, build_microbatch
-from megasora.training.samples import LatentMaterial, Material, SampleSource
+from megasora.training.samples import SampleSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,9 @@ class Feeder:
         dtype: torch.dtype,
         cache: Cache | None = None,
     ) -> None:
-        assert (cache is None) == (config.data.cache is None), "a run with data.cache opens it (samples.open_training_cache) and passes it"
+        assert (cache is None) == (config.data.cache is None), (
+            "a run with data.cache opens it (prerequisites.open_training_cache) and passes it"
+        )
         self.clips, self.config, self.context, self.dtype = clips, config, context, dtype
         self._tokens = [clip.tokens for clip in clips]
         self._planned: deque[_Planned] = deque()
@@ -198,7 +200,13 @@ class Feeder:
         if self.config.model.cond_embed:
             kind = draw_kind(self._weights, num_frames=clip.num_frames, uniform=uniform(key=self._key(planned, place, Stream.CONDITION)))
             runs = given_frames(kind, num_frames=clip.num_frames, temporal_compression=self.config.encoders.temporal_compression)
-        latent, *given = self._latents(material.latents, runs, key=self._key(planned, place, Stream.VAE))
+        latent, *given = scaled_latents(
+            material.latents,
+            runs,
+            posterior=self.config.encoders.posterior,
+            key=self._key(planned, place, Stream.VAE),
+            scaling_factor=self._source.scaling_factor,
+        )
         result = {"tokens": patchify(latent, patch=patch)}
         if self.config.model.cond_embed:
             channels, frames, height, width = latent.shape
@@ -210,19 +218,6 @@ class Feeder:
         null_text, null_vec = self._source.null
         result["text"] = null_text if drop_t5 else material.text
         result["vec"] = null_vec if drop_clip else material.vec
-        return result
-
-    def _latents(self, latents: LatentMaterial, runs: Sequence[GivenFrames], *, key: int) -> list[Tensor]:
-        """Scaled latents of a clip and of its given frames; each takes the next elements of the clip's draw."""
-        result: list[Tensor] = []
-        elements = 0
-        for run in (None, *runs):
-            latent = latents.latent(run)
-            if isinstance(latent, Posterior):
-                sampled = self.config.encoders.posterior == "sample"
-                latent = latent.sample(key=key, first_element=elements) if sampled else latent.mean
-            elements += latent.numel()
-            result.append(latent * self._source.scaling_factor)
         return result
 
     def _shapes(self, clip: PlannedClip) -> dict[str, tuple[int, ...]]:

@@ -59,7 +59,7 @@ from megasora.training.optimizer import (
     sync_parameters,
     wrap_for_training,
 )
-from megasora.training.samples import encoders_needed, open_training_cache
+from megasora.training.prerequisites import encoders_needed, open_training_cache
 from megasora.training.state import optimizer_tensors
 
 

@@ -1,97 +1,31 @@
 """Where training samples come from: clips decoded and encoded on the way, or a cache that `megasora data encode` wrote, or half of each.
 
-Either way the feed gets the same thing, a `Material` per clip: posteriors of the clip and of its given frames, and its text.
+Either way the feed gets the same thing, a `Material` per clip.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
-from megasora.data.cache.identity import (
-    NULL_FILE,
-    CacheFacts,
-    differences,
-    encoder_differences,
-    file_sha256,
-    kinds_of,
-    read_facts,
-    settings_of,
-    version_differences,
-)
-from megasora.data.cache.layout import caption_of, latent_names
-from megasora.data.cache.reading import Cache, CacheLoader, ReadStep, Stored, open_cache
+from megasora.data.cache.identity import NULL_FILE, file_sha256
+from megasora.data.cache.layout import caption_of
+from megasora.data.cache.reading import Cache, CacheLoader, ReadStep, Stored
 from megasora.data.cache.shards import BadSampleError, tensors_in
 from megasora.data.decoding.contract import Decoded, DecodeError, Decoder, normalise
 from megasora.data.loader import ClipLoader, LoadedStep
 from megasora.data.plan import PlannedClip, request_of
-from megasora.diffusion.conditions import GivenFrames
-from megasora.models.encoders.bundle import PARTS, Encoders
-from megasora.models.encoders.posterior import Posterior
-from megasora.models.encoders.vae import HunyuanVAE
-
-logger = logging.getLogger(__name__)
-
-
-class LatentMaterial(Protocol):
-    """Latents of one clip."""
-
-    def latent(self, run: GivenFrames | None) -> Tensor | Posterior:
-        """Of the clip, or of a run of its frames encoded on its own: the posterior, or the one sample a cache holds. Not scaled."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodedClip:
-    """Pixels, encoded when asked."""
-
-    video: Tensor
-    vae: HunyuanVAE
-
-    def latent(self, run: GivenFrames | None) -> Posterior:
-        """See `LatentMaterial.latent`."""
-        return self.vae.posterior(self.video if run is None else self.video[:, run.start : run.start + run.count])
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredClip:
-    """Latents from a cache."""
-
-    tensors: Mapping[str, Tensor]
-    device: torch.device
-
-    def latent(self, run: GivenFrames | None) -> Tensor | Posterior:
-        """See `LatentMaterial.latent`."""
-        place = None if run is None else (run.start, run.count)
-        (sample,) = latent_names("sampled", place)
-        if sample in self.tensors:
-            return self.tensors[sample].to(self.device)
-        mean, std = (self.tensors[name].to(self.device) for name in latent_names("mean_std", place))
-        return Posterior(mean=mean, std=std)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Material:
-    """What a training sample is made from."""
-
-    latents: LatentMaterial
-    text: Tensor
-    """[L, text_dim]"""
-    vec: Tensor
-    """[vec_dim]"""
+from megasora.models.encoders.bundle import Encoders
+from megasora.training.material import DecodedClip, LatentMaterial, Material, StoredClip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,78 +159,3 @@ class SampleSource:
 def _scaling_factor(cache: Cache | None) -> float:
     assert cache is not None and cache.facts.scaling_factor is not None, "a cache with latents records their scaling factor"
     return cache.facts.scaling_factor
-
-
-def encoders_needed(config: RunConfig) -> tuple[str, ...]:
-    """Encoders that a training run loads: those whose output is not cached, and all of them when it measures or shows clips.
-
-    Raises:
-        UserError: data.cache is no cache.
-    """
-    evaluates = config.evaluation.interval_steps > 0 and config.data.eval_manifest is not None
-    if config.data.cache is None or evaluates or config.evaluation.sample_interval_steps > 0:
-        return PARTS
-    settings = read_facts(Path(config.data.cache)).settings
-    return (() if settings.has_latents else ("vae",)) + (() if settings.has_text else ("t5", "clip"))
-
-
-def refuse_missing_encoders(config: RunConfig) -> None:
-    """Refuse a run that needs an encoder whose folder is not given.
-
-    Raises:
-        UserError: says what needs it.
-    """
-    missing = [name for name in encoders_needed(config) if getattr(config.encoders, name) is None]
-    if not missing:
-        return
-    flags = " ".join(f"--encoders.{name} FOLDER" for name in missing)
-    if config.data.cache is None:
-        raise UserError(f"no encoders given: add {flags}")
-    held = {"both": "what training needs, evaluation needs more", "latents": "latents only", "text": "text only"}
-    raise UserError(f"the cache {config.data.cache} holds {held[read_facts(Path(config.data.cache)).settings.store]}: add {flags}")
-
-
-def open_training_cache(config: RunConfig) -> Cache | None:
-    """The cache of data.cache, if any, after a check that it is what the run would encode; all ranks call it together.
-
-    Raises:
-        UserError: it lacks shards, or was made from other clips, settings or encoders; the same on every rank.
-    """
-    if config.data.cache is None:
-        return None
-    folder = Path(config.data.cache)
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:  # hashing weights once is enough
-        try:
-            facts = read_facts(folder)
-            found = _differences(facts, config)
-            if found:
-                problem = [f"cache {folder} does not fit this run: {'; '.join(found)}; use the settings it was made with, or encode again"]
-            for line in version_differences(facts):
-                logger.warning("cache %s was made with another version: %s", folder, line)
-        except UserError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(problem[0])
-    return open_cache(folder)
-
-
-def _differences(facts: CacheFacts, config: RunConfig) -> list[str]:
-    theirs = facts.settings
-    ours = settings_of(
-        config,
-        store=theirs.store,
-        latents=theirs.latents,
-        kinds=kinds_of(config, every=False),
-        samples_per_shard=theirs.samples_per_shard,
-        samples=theirs.samples,
-        manifest_sha256=file_sha256(str(config.data.manifest)),
-    )
-    found = differences(ours, theirs, leave_out=("conditions", "seed"))
-    lacking = [kind for kind in ours.conditions if kind not in theirs.conditions]
-    if theirs.has_latents and lacking:
-        found.append(f"it lacks the frames of {', '.join(lacking)} (encode with those condition weights, or --conditions all)")
-    if theirs.has_latents and theirs.latents == "sampled" and config.encoders.posterior == "mean":
-        found.append("it holds one sample of each latent, encoders.posterior is mean (use --encoders.posterior sample)")
-    return found + encoder_differences(facts, config.encoders)

@@ -30,7 +30,7 @@ from megasora.parallel import groups
 from megasora.training.encode.run import run_encode
 from megasora.training.encode.settings import EncodeResult, EncodeSettings
 from megasora.training.feed import Feeder
-from megasora.training.samples import encoders_needed, open_training_cache, refuse_missing_encoders
+from megasora.training.prerequisites import encoders_needed, open_training_cache, refuse_missing_encoders
 from tests.parallel.test_parity import layout
 from tests.pool import RankFailedError, RankPool
 

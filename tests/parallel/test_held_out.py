@@ -1,0 +1,99 @@
+"""The held-out loss: encoded as training encodes, from fixed draws, the same every time and in every layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from megasora import recipes
+from megasora.config.schema import RunConfig
+from megasora.data.cache.layout import caption_of
+from megasora.data.decoding.pyav import PyAVDecoder
+from megasora.data.manifest import read_manifest
+from megasora.data.plan import plan_clips, request_of
+from megasora.data.tiny_clips import make_tiny_clips
+from megasora.diffusion.patchify import patchify
+from megasora.diffusion.philox import Stream, key_of
+from megasora.models.encoders.bundle import load_encoders
+from megasora.models.encoders.tiny import make_tiny_encoders
+from megasora.models.mmdit.build import build_chunks
+from megasora.models.mmdit.initialization import initialize_weights
+from megasora.parallel import groups
+from megasora.training.evaluation import EVAL_SEED, Evaluator
+from tests.parallel.test_parity import layout
+from tests.pool import RankPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a rank's evaluator holds and measures."""
+
+    losses: tuple[dict[str, float], dict[str, float]]
+    """Of two evaluations."""
+    as_by_hand: bool
+    """Whether every clip's tensors are, bit for bit, those that decoder and encoders give when called one after another."""
+    failed: tuple[str, ...]
+
+
+def measure_on_rank(rank: int, config: RunConfig) -> Measured:
+    """Evaluate an untrained model twice."""
+    device = torch.device("cpu")
+    context = groups.initialize(config.parallel, device=device, num_attention_heads=config.model.num_attention_heads, seed=config.init.seed)
+    manifest = read_manifest(str(config.data.eval_manifest))
+    clips, _ = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
+    encoders = load_encoders(config.encoders, model=config.model, device=device)
+    chunks, megatron_config = build_chunks(config.model, config.parallel, config.precision, context=context)
+    initialize_weights(chunks, model=config.model, context=context, seed=config.init.seed)
+    decoder = PyAVDecoder()
+    evaluator = Evaluator(clips, config=config, context=context, encoders=encoders, decoder=decoder, dtype=torch.float32)
+
+    def by_hand(number: int) -> tuple[torch.Tensor, ...]:
+        clip = evaluator.held_out[number].clip
+        posterior = encoders.vae.posterior(decoder.decode(request_of(clip)))
+        drawn = posterior.sample(key=key_of(seed=EVAL_SEED, stream=Stream.VAE, sample=number))
+        latent = (drawn if config.encoders.posterior == "sample" else posterior.mean) * encoders.vae.scaling_factor
+        text, vec = encoders.encode_text([caption_of(clip)], max_tokens=clip.text_tokens)
+        return patchify(latent, patch=config.model.patch_size), text[0], vec[0]
+
+    return Measured(
+        losses=(evaluator.measure(chunks, megatron_config), evaluator.measure(chunks, megatron_config)),
+        as_by_hand=all(
+            all(torch.equal(one, other) for one, other in zip((held.tokens, held.text, held.vec), by_hand(number), strict=True))
+            for number, held in enumerate(evaluator.held_out)
+        ),
+        failed=tuple(clip for clip, _ in evaluator.failed),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Five held-out clips, the second broken, and encoders."""
+    folder = tmp_path_factory.mktemp("held_out")
+    _, manifest = make_tiny_clips(folder / "clips", num_clips=1, num_eval=5)
+    broken = folder / "clips" / "clip002.mp4"
+    broken.write_bytes(broken.read_bytes()[:600])
+    tiny = recipes.get("tiny")
+    captions = [clip.text for clip in read_manifest(manifest).clips]
+    encoders = make_tiny_encoders(folder / "encoders", captions=captions, model=tiny.model, base=tiny.encoders)
+    return replace(tiny, device="cpu", encoders=encoders, data=replace(tiny.data, eval_manifest=str(manifest)))
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_every_evaluation_in_every_layout_gives_the_same_held_out_loss(pool: RankPool, run: RunConfig, posterior: str) -> None:
+    config = replace(run, encoders=replace(run.encoders, posterior=posterior))  # type: ignore[arg-type]
+    (one,) = pool.run(1, measure_on_rank, config)
+    assert one.losses[0] == one.losses[1]
+    assert one.as_by_hand
+    assert one.failed == ("1",)
+    for size, parallel in ((4, layout(tp=2, cp=2)), (2, layout())):
+        for other in pool.run(size, measure_on_rank, replace(config, parallel=parallel)):
+            assert other.losses[0] == other.losses[1] == pytest.approx(one.losses[0], rel=1e-5)
+            assert other.as_by_hand
+
+
+def test_the_posterior_setting_reaches_the_held_out_loss(pool: RankPool, run: RunConfig) -> None:
+    (mean,) = pool.run(1, measure_on_rank, run)
+    (drawn,) = pool.run(1, measure_on_rank, replace(run, encoders=replace(run.encoders, posterior="sample")))
+    assert all(drawn.losses[0][t] != mean.losses[0][t] for t in mean.losses[0])
