@@ -19,7 +19,7 @@ from megasora.data.cache.identity import (
     settings_of,
     version_differences,
 )
-from megasora.data.cache.reading import Cache, open_cache
+from megasora.data.cache.reading import Cache, refuse_incomplete
 from megasora.models.encoders.bundle import PARTS
 
 logger = logging.getLogger(__name__)
@@ -64,12 +64,14 @@ def open_training_cache(config: RunConfig) -> Cache | None:
         return None
     folder = Path(config.data.cache)
     problem: list[str | None] = [None]
-    if dist.get_rank() == 0:  # hashing weights once is enough
+    if dist.get_rank() == 0:  # hashing weights and looking at every shard once is enough
         try:
             facts = read_facts(folder)
             found = _differences(facts, config)
             if found:
                 problem = [f"cache {folder} does not fit this run: {'; '.join(found)}; use the settings it was made with, or encode again"]
+            else:
+                refuse_incomplete(folder, facts)
             for line in version_differences(facts):
                 logger.warning("cache %s was made with another version: %s", folder, line)
         except UserError as error:
@@ -77,7 +79,7 @@ def open_training_cache(config: RunConfig) -> Cache | None:
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise UserError(problem[0])
-    return open_cache(folder)
+    return Cache(folder, facts=read_facts(folder))
 
 
 def _differences(facts: CacheFacts, config: RunConfig) -> list[str]:

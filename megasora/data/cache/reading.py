@@ -1,4 +1,8 @@
-"""A cache opened for training: every shard checked, planned clips found in it, samples read by offset and ahead of the step."""
+"""A cache opened for training: planned clips found in it, samples read by offset and ahead of the step.
+
+A sample's place in the cache is its number among the clips that were planned when it was encoded, so shard and row in the shard's index
+follow from it, and an index is opened when the first of its samples is read.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,22 @@ from torch import Tensor
 
 from megasora.config.errors import UserError
 from megasora.data.cache.identity import CacheFacts, read_facts
-from megasora.data.cache.shards import BadSampleError, BadShardError, checksum, failure_reasons, open_shard, shard_name, tensors_in
+from megasora.data.cache.shards import (
+    BadSampleError,
+    BadShardError,
+    check_shard,
+    checksum,
+    failure_reasons,
+    open_shard,
+    shard_name,
+    tensors_in,
+)
 from megasora.data.plan import PlannedClip
 
 _OPEN_FILES = 256
 """Shards kept open at once by a process."""
 _OPEN_THREADS = 8
+_SHAPE = ("num_frames", "height", "width", "stride")
 
 Stored = dict[str, Tensor] | BadSampleError
 """Tensors of a sample by name, or why there are none."""
@@ -47,45 +61,48 @@ class Cache:
     Args:
         folder: of the cache.
         facts: its cache.json.
-        indices: index of every shard, in order.
     """
 
-    def __init__(self, folder: Path, *, facts: CacheFacts, indices: Sequence[NDArray[Any]]) -> None:
+    def __init__(self, folder: Path, *, facts: CacheFacts) -> None:
         self.folder, self.facts = folder, facts
-        index = np.concatenate(indices)
-        self.samples: NDArray[np.int64] = index["sample"]
-        self._shards = np.repeat(np.arange(len(indices)), [len(part) for part in indices])
-        self._failed, self._offsets, self._bytes, self._checksums = (index[name] for name in ("failed", "offset", "bytes", "checksum"))
-        self._rows: NDArray[np.int64] = index["row"]
-        self._shapes = _packed_shapes(*(index[name] for name in ("num_frames", "height", "width", "stride")))
+        self._claimed: _Keys | None = None
+        """What places 0, 1, ... hold according to a run's plan; compared with each index that is opened."""
+        self._index = lru_cache(maxsize=None)(self._open_index)
         self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_shard)
         self._reasons = lru_cache(maxsize=_OPEN_FILES)(lambda shard: failure_reasons(folder, shard))
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def num_failed(self) -> int:
-        """Samples that could not be encoded."""
-        return int(self._failed.sum())
+        return self.facts.settings.samples
 
     def places_of(self, clips: Sequence[PlannedClip]) -> NDArray[np.int64]:
         """Place in the cache of each planned clip.
 
+        A run with the cache's settings plans the cache's clips, in its order, save those above its token limits; a lower limit only leaves
+        clips out. So as many clips are the same clips, and no index is opened now. Otherwise all are, and the clips are looked up.
+
         Raises:
             UserError: a clip, in the shape it trains at, is not there.
         """
-        rows = np.array([clip.clip.row for clip in clips])
-        shapes = _packed_shapes(
-            *(np.array([getattr(clip, name) for clip in clips]) for name in ("num_frames", "height", "width", "stride"))
-        )
-        _, shape_numbers = np.unique(np.concatenate([self._shapes, shapes]), return_inverse=True)
+        wanted = _Keys.of_clips(clips)
+        if len(clips) == len(self) and bool(np.all(wanted.rows[1:] >= wanted.rows[:-1])):
+            self._claimed = wanted
+            return np.arange(len(clips))
+        return self._looked_up(clips, wanted)
+
+    def _looked_up(self, clips: Sequence[PlannedClip], wanted: _Keys) -> NDArray[np.int64]:
+        try:
+            with ThreadPoolExecutor(_OPEN_THREADS) as pool:
+                index = np.concatenate(list(pool.map(self._index, range(self.facts.settings.num_shards))))
+        except BadShardError as error:
+            raise UserError(f"cache {self.folder}: {error}; run megasora data encode again with the same settings") from error
+        stored = _Keys.of_index(index)
+        _, shape_numbers = np.unique(np.concatenate([stored.shapes, wanted.shapes]), return_inverse=True)
         # (row, number of the shape) as one integer; there are few shapes
-        keys = np.concatenate([self._rows, rows]) * (int(shape_numbers.max()) + 1) + shape_numbers
-        stored, wanted = keys[: len(self)], keys[len(self) :]
-        order = np.argsort(stored)
-        places = order[np.searchsorted(stored, wanted, sorter=order).clip(max=len(self) - 1)]
-        absent = np.flatnonzero(stored[places] != wanted)
+        keys = np.concatenate([stored.rows, wanted.rows]) * (int(shape_numbers.max()) + 1) + shape_numbers
+        there, sought = keys[: len(self)], keys[len(self) :]
+        order = np.argsort(there)
+        places = order[np.searchsorted(there, sought, sorter=order).clip(max=len(self) - 1)]
+        absent = np.flatnonzero(there[places] != sought)
         if len(absent):
             clip = clips[int(absent[0])]
             raise UserError(
@@ -104,15 +121,14 @@ class Cache:
         Raises:
             BadSampleError: it failed when it was encoded, or its bytes are not those that were written.
         """
-        shard = int(self._shards[place])
-        if self._failed[place]:
-            sample = int(self.samples[place])
-            raise BadSampleError(f"failed when it was encoded: {self._reasons(shard).get(sample, 'no reason is recorded')}")
+        shard, entry = self._entry(place)
+        if entry["failed"]:
+            raise BadSampleError(f"failed when it was encoded: {self._reasons(shard).get(place, 'no reason is recorded')}")
         buffer, found = self.read_bytes(place, members)
         tensors: dict[str, Tensor] = {}
         for start, size, expected in found:
             if checksum(buffer[start : start + size]) != expected:
-                raise BadSampleError(f"row {self._rows[place]} in {shard_name(shard)}.tar is damaged (checksum); encode that shard again")
+                raise BadSampleError(f"row {entry['row']} in {shard_name(shard)}.tar is damaged (checksum); encode that shard again")
             tensors.update(tensors_in(buffer, start, size))
         return tensors
 
@@ -122,9 +138,8 @@ class Cache:
         Raises:
             BadSampleError: the shard is shorter than its index says, or cannot be read.
         """
-        shard = int(self._shards[place])
-        offsets, sizes = self._offsets[place, members].tolist(), self._bytes[place, members].tolist()
-        checksums = self._checksums[place, members].tolist()
+        shard, entry = self._entry(place)
+        offsets, sizes, checksums = (entry[name][members].tolist() for name in ("offset", "bytes", "checksum"))
         first, total = offsets[0], offsets[-1] + sizes[-1] - offsets[0]
         buffer = np.empty(total, np.uint8)
         try:
@@ -132,49 +147,106 @@ class Cache:
             while done < total:  # a read returns at most 2 GiB
                 count = os.preadv(file.descriptor, [buffer[done:].data], first + done)
                 if count == 0:
-                    raise BadSampleError(f"row {self._rows[place]}: {shard_name(shard)}.tar ends early")
+                    raise BadSampleError(f"row {entry['row']}: {shard_name(shard)}.tar ends early")
                 done += count
         except OSError as error:
-            raise BadSampleError(f"row {self._rows[place]}: {shard_name(shard)}.tar: {error.strerror}") from error
+            raise BadSampleError(f"row {entry['row']}: {shard_name(shard)}.tar: {error.strerror}") from error
         return buffer, [(offset - first, size, known) for offset, size, known in zip(offsets, sizes, checksums, strict=True)]
+
+    def _entry(self, place: int) -> tuple[int, Any]:
+        """(shard, row of its index) of a sample.
+
+        Raises:
+            BadSampleError: the shard is not as it was written, or holds other clips than the run planned.
+        """
+        shard, number = divmod(place, self.facts.settings.samples_per_shard)
+        try:
+            return shard, self._index(shard)[number]
+        except BadShardError as error:
+            raise BadSampleError(f"{error}; encode that shard again") from error
+
+    def _open_index(self, shard: int) -> NDArray[Any]:
+        index = open_shard(self.folder, shard)[1]
+        settings = self.facts.settings
+        first = shard * settings.samples_per_shard
+        places = np.arange(first, min(first + settings.samples_per_shard, settings.samples))
+        if not np.array_equal(index["sample"], places):
+            raise BadShardError(f"{shard_name(shard)}.index.npy lists other samples than {first} to {int(places[-1])}")
+        if self._claimed is not None and not self._claimed.at(places).same_as(_Keys.of_index(index)):
+            raise BadShardError(f"{shard_name(shard)} holds other clips, or other shapes of them, than this version plans")
+        return index
 
     def _open_shard(self, shard: int) -> _OpenFile:
         return _OpenFile(self.folder / f"{shard_name(shard)}.tar")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Keys:
+    """Which clips, at which shapes."""
+
+    rows: NDArray[np.int64]
+    """Of the manifest."""
+    shapes: NDArray[np.uint64]
+    """Frames, height, width and stride of each clip, 16 bits each."""
+
+    @classmethod
+    def of_clips(cls, clips: Sequence[PlannedClip]) -> _Keys:
+        rows = np.array([clip.clip.row for clip in clips])
+        return cls(rows=rows, shapes=_packed_shapes(*(np.array([getattr(clip, name) for clip in clips]) for name in _SHAPE)))
+
+    @classmethod
+    def of_index(cls, index: NDArray[Any]) -> _Keys:
+        return cls(rows=index["row"], shapes=_packed_shapes(*(index[name] for name in _SHAPE)))
+
+    def at(self, places: NDArray[np.int64]) -> _Keys:
+        return _Keys(rows=self.rows[places], shapes=self.shapes[places])
+
+    def same_as(self, other: _Keys) -> bool:
+        return np.array_equal(self.rows, other.rows) and np.array_equal(self.shapes, other.shapes)
+
+
 def _packed_shapes(num_frames: NDArray[Any], height: NDArray[Any], width: NDArray[Any], stride: NDArray[Any]) -> NDArray[np.uint64]:
-    """The four numbers of each clip, 16 bits each."""
     columns = [column.astype(np.uint64) for column in (num_frames, height, width, stride)]
     assert all(int(column.max(initial=0)) < 1 << 16 for column in columns), "frames, sizes and strides are below 65,536"
     packed: NDArray[np.uint64] = columns[0] << np.uint64(48) | columns[1] << np.uint64(32) | columns[2] << np.uint64(16) | columns[3]
     return packed
 
 
-def open_cache(folder: Path) -> Cache:
-    """Open a cache whose every shard is finished; sizes and indices are checked, contents when they are read.
+def refuse_incomplete(folder: Path, facts: CacheFacts) -> None:
+    """Refuse a cache some of whose shards are not finished. Looks at every shard's facts and the sizes of its files; opens no index.
 
     Raises:
-        UserError: it is no cache, or shards are missing or damaged.
+        UserError: names the shards.
     """
-    facts = read_facts(folder)
     numbers = range(facts.settings.num_shards)
 
-    def index_of(number: int) -> NDArray[Any] | str:
+    def problem_of(number: int) -> str | None:
         try:
-            return open_shard(folder, number)[1]
+            check_shard(folder, number)
         except BadShardError as error:
             return str(error)
+        return None
 
     with ThreadPoolExecutor(_OPEN_THREADS) as pool:
-        opened = list(pool.map(index_of, numbers))
-    bad = {number: part for number, part in zip(numbers, opened, strict=True) if isinstance(part, str)}
+        problems = list(pool.map(problem_of, numbers))
+    bad = {number: problem for number, problem in zip(numbers, problems, strict=True) if problem is not None}
     if bad:
         first = next(iter(bad.values()))
         raise UserError(
             f"cache {folder} lacks {len(bad)} of its {len(numbers)} shards ({_ranges(list(bad))}; {first}); "
             f"run megasora data encode again with the same settings, it makes what is missing"
         )
-    return Cache(folder, facts=facts, indices=[part for part in opened if not isinstance(part, str)])
+
+
+def open_cache(folder: Path) -> Cache:
+    """Open a cache whose every shard is finished; an index is checked when it is opened, contents when they are read.
+
+    Raises:
+        UserError: it is no cache, or shards are missing or cut off.
+    """
+    facts = read_facts(folder)
+    refuse_incomplete(folder, facts)
+    return Cache(folder, facts=facts)
 
 
 def _ranges(numbers: list[int]) -> str:

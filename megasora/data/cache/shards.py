@@ -305,8 +305,8 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def open_shard(folder: Path, number: int, *, verify: bool = False) -> tuple[ShardFacts, NDArray[Any]]:
-    """Facts and index of a finished shard; sizes and the index's hash are checked, and with `verify` every byte of the tar.
+def check_shard(folder: Path, number: int) -> ShardFacts:
+    """Facts of a finished shard; its files are there and have the sizes they were written with. Opens the facts only.
 
     Raises:
         BadShardError: it is not finished, or not as it was written.
@@ -314,16 +314,33 @@ def open_shard(folder: Path, number: int, *, verify: bool = False) -> tuple[Shar
     name = shard_name(number)
     try:
         facts = ShardFacts(**json.loads((folder / f"{name}.json").read_bytes()))
-        index_content = (folder / f"{name}.index.npy").read_bytes()
+        index_size = (folder / f"{name}.index.npy").stat().st_size
         size = (folder / f"{name}.tar").stat().st_size
     except FileNotFoundError as error:
         raise BadShardError(f"{Path(error.filename).name} is missing") from error
     except (OSError, ValueError, TypeError) as error:
         raise BadShardError(f"{name} cannot be read: {error}") from error
-    if hashlib.sha256(index_content).hexdigest() != facts.index_sha256:
+    if index_size < facts.samples * INDEX.itemsize:
         raise BadShardError(f"{name}.index.npy is not as it was written")
     if size != facts.tar_bytes:
         raise BadShardError(f"{name}.tar has {size:,} bytes, it was written with {facts.tar_bytes:,}")
+    return facts
+
+
+def open_shard(folder: Path, number: int, *, verify: bool = False) -> tuple[ShardFacts, NDArray[Any]]:
+    """Facts and index of a finished shard; sizes and the index's hash are checked, and with `verify` every byte of the tar.
+
+    Raises:
+        BadShardError: it is not finished, or not as it was written.
+    """
+    name = shard_name(number)
+    facts = check_shard(folder, number)
+    try:
+        index_content = (folder / f"{name}.index.npy").read_bytes()
+    except OSError as error:
+        raise BadShardError(f"{name}.index.npy cannot be read: {error.strerror}") from error
+    if hashlib.sha256(index_content).hexdigest() != facts.index_sha256:
+        raise BadShardError(f"{name}.index.npy is not as it was written")
     if verify:
         with (folder / f"{name}.tar").open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != facts.tar_sha256:

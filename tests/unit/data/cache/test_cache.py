@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from megasora.data.cache.shards import (
     MEMBERS,
     BadSampleError,
     checksum,
+    open_shard,
     remove_leftovers,
     safetensors_bytes,
     safetensors_size,
@@ -36,7 +38,7 @@ from megasora.data.cache.shards import (
     tensors_in,
 )
 from megasora.data.manifest import read_manifest
-from megasora.data.plan import plan_clips
+from megasora.data.plan import PlannedClip, plan_clips
 from megasora.data.tiny_clips import make_tiny_clips
 from megasora.models.encoders.tiny import make_tiny_encoders
 from megasora.training.encode.plan import plan_encode, task_of
@@ -106,7 +108,7 @@ def test_reads_at_random_give_what_the_tar_holds(cache: Path, config: RunConfig)
     clips, _ = plan_clips(read_manifest(str(config.data.manifest)).clips, data=config.data, encoders=config.encoders, model=config.model)
     backwards = clips[::-1]
     places = opened.places_of(backwards)
-    assert [int(opened.samples[place]) for place in places] == list(range(8))[::-1]
+    assert places.tolist() == list(range(8))[::-1]
     tar = {}
     for number in range(3):
         with tarfile.open(cache / f"{shard_name(number)}.tar") as file:
@@ -124,6 +126,76 @@ def test_reads_at_random_give_what_the_tar_holds(cache: Path, config: RunConfig)
         assert opened.read(place, slice(1, 2)).keys() == {"t5", "clip"}
     with pytest.raises(UserError, match=r"1 of 1 planned clips are not in the cache .*, the first row 0 at 9 x 64 x 64"):
         opened.places_of([replace(clips[0], num_frames=9)])
+
+
+def planned(config: RunConfig, **data: Any) -> tuple[PlannedClip, ...]:
+    clips = read_manifest(str(config.data.manifest)).clips
+    return plan_clips(clips, data=replace(config.data, **data), encoders=config.encoders, model=config.model)[0]
+
+
+def count_opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Shards whose index is opened from now on."""
+    opened: list[int] = []
+
+    def noted(folder: Path, number: int, *, verify: bool = False) -> Any:
+        opened.append(number)
+        return open_shard(folder, number, verify=verify)
+
+    monkeypatch.setattr("megasora.data.cache.reading.open_shard", noted)
+    return opened
+
+
+def test_reading_a_sample_opens_the_index_of_its_shard_alone(cache: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = count_opened(monkeypatch)
+    reader = open_cache(cache)
+    places = reader.places_of(planned(config))
+    assert places.tolist() == list(range(8))
+    assert opened == []
+    for _ in range(2):
+        reader.read(4, slice(0, 2))
+    assert opened == [1]
+
+
+def test_a_run_that_plans_fewer_clips_finds_them_where_they_are(cache: Path, config: RunConfig) -> None:
+    longest = max(clip.tokens for clip in planned(config))
+    fewer = planned(config, max_pack_tokens=longest - 1)
+    rows = [clip.clip.row for clip in fewer]
+    assert 0 < len(rows) < 8
+    assert open_cache(cache).places_of(fewer).tolist() == rows
+    with pytest.raises(UserError, match=r"1 of 9 planned clips are not in the cache .*, the first row 7 at 1 x 8 x 8"):
+        open_cache(cache).places_of((*planned(config), replace(planned(config)[7], height=8, width=8)))
+
+
+def test_a_shard_of_other_shapes_than_planned_is_noticed_when_it_is_opened(cache: Path, config: RunConfig) -> None:
+    clips = list(planned(config))
+    clips[4] = replace(clips[4], num_frames=1)
+    reader = open_cache(cache)
+    reader.places_of(clips)
+    reader.read(0, slice(0, 2))
+    with pytest.raises(BadSampleError, match=r"shard-000001 holds other clips, or other shapes of them, .*encode that shard again"):
+        reader.read(3, slice(0, 2))
+
+
+def test_an_incomplete_cache_is_refused_without_opening_an_index(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = count_opened(monkeypatch)
+    for name, message in (("tar", "shard-000001.tar is missing"), ("index.npy", "index.npy is missing"), ("json", "json is missing")):
+        shutil.copytree(cache, tmp_path / name)
+        (tmp_path / name / f"shard-000001.{name}").unlink()
+        with pytest.raises(UserError, match=rf"lacks 1 of its 3 shards \(1; .*{message}\)"):
+            open_cache(tmp_path / name)
+    assert opened == []
+
+
+def test_a_damaged_index_costs_the_samples_of_its_shard(cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "cache")
+    index = tmp_path / "cache" / "shard-000002.index.npy"
+    content = bytearray(index.read_bytes())
+    content[-1] ^= 1
+    index.write_bytes(content)
+    reader = open_cache(tmp_path / "cache")
+    reader.read(0, slice(0, 2))
+    with pytest.raises(BadSampleError, match=r"shard-000002.index.npy is not as it was written; encode that shard again"):
+        reader.read(6, slice(0, 2))
 
 
 @pytest.mark.parametrize(("dtype", "store"), [("bf16", "both"), ("fp32", "latents")])
