@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megasora.checkpoint.export import Conversion, complete_folder
+from megasora.checkpoint.export import Conversion
 from megasora.checkpoint.outputs import write_json
 from megasora.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter, stored_order
 from megasora.checkpoint.tensors import TensorInfo
 from megasora.config.errors import UserError
+from megasora.config.files import refuse_existing, written_whole
 
 PREFIX = "vae."
 
@@ -71,8 +72,7 @@ def export_autoencoder(source: Path, target: Path, *, target_format: Literal["hu
     Raises:
         UserError: the source is no complete HunyuanVideo autoencoder, or the target exists or has the wrong ending.
     """
-    if target.exists():
-        raise UserError(f"{target} exists; remove it or choose another name")
+    refuse_existing(target, cure="remove it or choose another name")
     single = target_format == "hunyuan-vae"
     if (target.suffix == ".safetensors") != single:
         raise UserError(f"{target}: {target_format} is {'one file; end it in' if single else 'a folder; leave out'} .safetensors")
@@ -85,20 +85,17 @@ def export_autoencoder(source: Path, target: Path, *, target_format: Literal["hu
     wrong = differences(infos, expected_shapes(config))
     if wrong:
         raise UserError(f"{source}: {len(wrong)} tensors do not fit AutoencoderKLHunyuanVideo, the first: {wrong[0]}")
-    with complete_folder(target if not single else target.with_name(f"{target.name}.new")) as folder:
-        writer = SafetensorsWriter(
-            folder / "diffusion_pytorch_model.safetensors", {key: infos[key] for key in stored_order(infos)}, metadata={"format": "pt"}
-        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(target) as whole:
+        if not single:
+            whole.mkdir()
+            write_json(whole / "config.json", {"_class_name": "AutoencoderKLHunyuanVideo", **config})
+        file = whole if single else whole / "diffusion_pytorch_model.safetensors"
+        writer = SafetensorsWriter(file, {key: infos[key] for key in stored_order(infos)}, metadata={"format": "pt"})
         for name, key in names.items():
             writer.write(name, reader.rows(key))
             reader.release(key)
         writer.close()
-        write_json(folder / "config.json", {"_class_name": "AutoencoderKLHunyuanVideo", **config})
-    if single:
-        folder = target.with_name(f"{target.name}.new")
-        (folder / "diffusion_pytorch_model.safetensors").replace(target)
-        (folder / "config.json").unlink()
-        folder.rmdir()
     lines = (
         f"autoencoder -> {target_format}: {source} -> {target}",
         f"{len(infos)} tensors, {sum(i.numel for i in infos.values()):,} parameters",

@@ -25,6 +25,7 @@ from megasora.checkpoint.conversion_plan import Plan
 from megasora.checkpoint.outputs import JOURNAL, MegatronOutput, Output, Place, SafetensorsOutput
 from megasora.checkpoint.tensors import Rows
 from megasora.config.errors import UserError
+from megasora.config.files import refuse_existing
 from megasora.config.io import to_dict
 
 SHARD_BYTES = 10_000_000_000
@@ -124,8 +125,7 @@ def convert(
     single = target.suffix == ".safetensors"
     if plan.target_format == "megasora" and single:
         raise UserError(f"{target}: a distributed checkpoint is a folder; leave out .safetensors")
-    if target.exists():
-        raise UserError(f"{target} exists; remove it or choose another name")
+    refuse_existing(target, cure="remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +27,7 @@ from megasora.checkpoint.safetensors_io import SafetensorsReader, write_safetens
 from megasora.checkpoint.source import Axes, Select, open_source
 from megasora.checkpoint.verify import Proof, verify
 from megasora.config.errors import UserError
+from megasora.config.files import refuse_existing, written_whole
 from megasora.config.schema import ModelConfig
 
 OnStart = Callable[[int, int], None]
@@ -161,8 +161,7 @@ def export_adapter(source: Path, target: Path, *, naming: str) -> Conversion:
     if naming not in PREFIXES:
         raise UserError(f"{source} is a LoRA adapter: --to {naming} is no naming of adapters, use one of {', '.join(PREFIXES)}")
     naming = cast(Naming, naming)
-    if target.exists():
-        raise UserError(f"{target} exists; remove it or choose another name")
+    refuse_existing(target, cure="remove it or choose another name")
     if (target.suffix == ".safetensors") != (naming != "peft"):
         wanted = "is a folder; leave out .safetensors" if naming == "peft" else "is one file; end it in .safetensors"
         raise UserError(f"{target}: a {naming} adapter {wanted}")
@@ -171,7 +170,9 @@ def export_adapter(source: Path, target: Path, *, naming: str) -> Conversion:
     tensors = adapter_tensors(modules, naming)
     metadata = {"format": "pt"}
     if naming == "peft":
-        with complete_folder(target) as folder:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(target) as folder:
+            folder.mkdir()
             write_safetensors(folder / "adapter_model.safetensors", tensors, metadata=metadata)
             write_json(
                 folder / "adapter_config.json", _peft_config({name: (pair.a.shape[0], pair.alpha) for name, pair in modules.items()})
@@ -181,15 +182,6 @@ def export_adapter(source: Path, target: Path, *, naming: str) -> Conversion:
     lines = (f"{adapter.naming} ({adapter.fmt} modules) -> {naming} ({FORMAT_OF[naming]} modules): {source} -> {target}",
              f"{len(adapter.modules)} modules became {len(modules)}")  # fmt: skip
     return Conversion(lines=lines, manifest={}, proof=None)
-
-
-@contextmanager
-def complete_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder that gets its name when everything in it is written."""
-    partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    yield partial
-    partial.rename(target)
 
 
 def _peft_config(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -317,7 +318,7 @@ class MegatronReader:
         self.prefixes = sorted({key.split(".", 1)[0] for key in everything})
         self._maps: dict[str, mmap.mmap] = {}
 
-    @property
+    @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Every tensor under the prefix, in the order of the files."""
         place = {key: (stored.chunks[0].file, stored.chunks[0].start) for key, stored in self.tensors.items() if stored.chunks}

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megasora.checkpoint.tensors import ITEM_BYTES, Rows, TensorInfo, as_torch, from_torch
 from megasora.config.errors import UserError
+from megasora.config.files import written_whole
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header a reader accepts (safetensors/src/tensor.rs, MAX_HEADER_SIZE)."""
@@ -159,7 +161,7 @@ class SafetensorsReader:
         if path.is_dir():
             _check_index(path, self._where)
 
-    @property
+    @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Every tensor, file by file in stored order."""
         return {key: file.infos[key] for key, file in self._where.items()}
@@ -309,12 +311,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Ma
     path.parent.mkdir(parents=True, exist_ok=True)
     described = {key: from_torch(tensor) for key, tensor in tensors.items()}
     infos = {key: info for key, (_, info) in described.items()}
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
+    with written_whole(path) as temporary:
         writer = SafetensorsWriter(temporary, {key: infos[key] for key in stored_order(infos)}, metadata=metadata)
         for key, (rows, _) in described.items():
             writer.write(key, rows)
         writer.close()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
@@ -149,7 +150,7 @@ class StateDictReader:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._stored = {key: from_torch(tensor) for key, tensor in tensors.items()}
 
-    @property
+    @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Every tensor."""
         return {key: info for key, (_, info) in self._stored.items()}

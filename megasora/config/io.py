@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import types
 import typing
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from megasora.config.errors import UserError
+from megasora.config.files import written_whole
 from megasora.config.schema import RunConfig
 
 
@@ -89,9 +89,8 @@ def dump(config: RunConfig) -> str:
 
 def save_yaml(config: RunConfig, path: Path) -> None:
     """Write the config next to its run; the file appears whole or not at all."""
-    temporary = path.with_suffix(path.suffix + f".tmp{os.getpid()}")
-    temporary.write_text(dump(config))
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(dump(config))
 
 
 def load_yaml(path: Path) -> RunConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jinja2 import Environment, PackageLoader
 from numpy.typing import NDArray
 
 from megasora.config.errors import UserError
+from megasora.config.files import refuse_existing, written_whole
 from megasora.curation.frames import DamagedClipError, SmallFrames, Span, read_frames
 from megasora.curation.pool import Row
 from megasora.curation.selection import record_file, removed_table
@@ -68,8 +68,8 @@ def run_report(source: Path, settings: ReportSettings) -> Path:
     """
     if settings.output.suffix not in (".html", ".htm"):
         raise UserError(f"--output {settings.output} must end in .html")
-    if settings.output.exists() and not settings.overwrite:
-        raise UserError(f"{settings.output} exists; give --overwrite or another name")
+    if not settings.overwrite:
+        refuse_existing(settings.output, cure="give --overwrite or another name")
     record = _record(source)
     columns = set(table_schema(source).names)
     table_schema(removed_table(source))
@@ -106,9 +106,8 @@ def run_report(source: Path, settings: ReportSettings) -> Path:
         )
     )
     settings.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = settings.output.with_name(f".{settings.output.name}.tmp{os.getpid()}")
-    temporary.write_text(page)
-    temporary.replace(settings.output)
+    with written_whole(settings.output) as temporary:
+        temporary.write_text(page)
     return settings.output
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megasora.config.errors import UserError
+from megasora.config.files import refuse_existing, written_whole
 from megasora.curation.duplicates import HASH_BITS, duplicate_of
 from megasora.curation.rules import SCORED_BY, FilterRules, Rule, active_rules
 from megasora.curation.settings import FilterSettings
@@ -85,8 +85,8 @@ def run_filter(source: Path, settings: FilterSettings, rules: FilterRules) -> Fi
     output = settings.output
     if output.suffix != ".parquet":
         raise UserError(f"--output {output} must end in .parquet")
-    if output.exists() and not settings.overwrite:
-        raise UserError(f"{output} exists; give --overwrite or another name")
+    if not settings.overwrite:
+        refuse_existing(output, cure="give --overwrite or another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".filter", dir=output.parent) as folder, duckdb.connect(f"{folder}/work.duckdb") as database:
         unknown = _load(database, source, settings.captions)
@@ -257,9 +257,8 @@ def _write(database: duckdb.DuckDBPyConnection, query: str, schema: pa.Schema, p
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _sha256(path: Path) -> str:

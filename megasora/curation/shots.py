@@ -6,7 +6,6 @@ and are what training reads by default; new files are for sources that are slow 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,6 +20,7 @@ from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
 from megasora.config.errors import UserError
+from megasora.config.files import written_whole
 from megasora.curation.columns import PROBE, SHOTS
 from megasora.curation.frames import DamagedClipError, FilterGraph, SmallFrames, Span, read_frames
 from megasora.curation.pool import Row
@@ -233,11 +233,10 @@ def _encode(shot: Row, path: Path, settings: ShotsSettings) -> tuple[int, int, i
     span = Span.of_row(shot)
     stride = max(1, int(np.ceil(shot["fps"] / settings.max_fps - 1e-6)))
     rate = Fraction(shot["fps"]).limit_denominator(1001) / stride
-    temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}.mp4")
     graph: av.filter.Graph | None = None
     stream: Any = None
     count = 0
-    try:
+    with written_whole(path) as temporary:  # noqa: SIM117 (one reason a line)
         with av.open(str(temporary), "w") as container:
             for number, frame in read_frames(span):
                 if (number - span.start) % stride:
@@ -255,9 +254,6 @@ def _encode(shot: Row, path: Path, settings: ShotsSettings) -> tuple[int, int, i
                 container.mux(stream.encode(made))
                 count += 1
             container.mux(stream.encode())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return count, stream.height, stream.width, float(rate)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 
 from megasora.config.errors import UserError
+from megasora.config.files import refuse_existing, written_whole
 from megasora.curation.columns import PROBE
 from megasora.curation.pool import Row, Work, outcomes
 from megasora.curation.settings import Limits
@@ -126,17 +126,11 @@ def metadata_of(schema: pa.Schema) -> dict[str, Any]:
 
 def write_table(path: Path, batches: Iterable[pa.RecordBatch], *, schema: pa.Schema) -> int:
     """Write a parquet table that appears under its name only when complete; returns its rows."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     rows = 0
-    try:
-        with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for batch in batches:
-                writer.write_batch(batch.cast(schema))
-                rows += batch.num_rows
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path, sync=True) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for batch in batches:
+            writer.write_batch(batch.cast(schema))
+            rows += batch.num_rows
     return rows
 
 
@@ -294,8 +288,8 @@ def _typed(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.
 def _check_output(output: Path, *, overwrite: bool) -> None:
     if output.suffix != ".parquet":
         raise UserError(f"--output {output} must end in .parquet")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists; give --overwrite or another name")
+    if not overwrite:
+        refuse_existing(output, cure="give --overwrite or another name")
     if not output.parent.is_dir():
         try:
             output.parent.mkdir(parents=True)
@@ -306,11 +300,3 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 def _identity(stage: Stage) -> str:
     facts = {"stage": stage.name, "settings": stage.settings, "columns": [f"{field.name} {field.type}" for field in stage.schema]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

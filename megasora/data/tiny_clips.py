@@ -6,13 +6,14 @@ Deterministic, about a second to make, no licence to mind. `tiny` trains on it w
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
+
+from megasora.config.files import written_whole
 
 COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 """The manifest's columns (Open-Sora's)."""
@@ -57,17 +58,13 @@ def make_tiny_clips(folder: Path, *, num_clips: int = 16, num_eval: int = 4) -> 
     if all(path.exists() for path in manifests):
         return manifests
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with written_whole(folder) as temporary:
+        temporary.mkdir()
         rows = [_make(temporary, number, source) for number, source in enumerate(sources(num_clips + num_eval))]
         write_manifest(temporary / "train.csv", rows[:num_clips])
         write_manifest(temporary / "eval.csv", rows[num_clips:])
         if folder.exists():
             shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return manifests
 
 

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import socket
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megasora.config.files import hidden_beside, written_whole
 from megasora.data.plan import PlannedClip
 
 MEMBERS = ("latents.safetensors", "text.safetensors", "json")
@@ -195,7 +195,7 @@ class ShardWriter:
         self._rows: list[tuple[Any, ...]] = []
         self._failures: list[dict[str, Any]] = []
         self._sha256 = hashlib.sha256()
-        self._temporary = folder / f".{shard_name(number)}.tar.{socket.gethostname()}.{os.getpid()}.tmp"
+        self._temporary = hidden_beside(folder / f"{shard_name(number)}.tar")
         self._file = self._temporary.open("wb")
         # says to a cleaner that the writer is alive; a file system without locks leaves cleaning to the name of the host
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -274,22 +274,15 @@ def _index_row(sample: int, clip: PlannedClip, places: Sequence[tuple[int, int, 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file that appears under its name only when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path, sync=True) as temporary:
+        temporary.write_bytes(content)
 
 
 def remove_leftovers(folder: Path, numbers: Sequence[int]) -> int:
     """Remove hidden files that an ended writer of these shards left behind; returns how many."""
     wanted = {shard_name(number) for number in numbers}
     removed = 0
-    for path in folder.glob(".shard-*.tmp"):
+    for path in folder.glob(".shard-*.tmp*"):
         if path.name[1:].split(".")[0] in wanted and not _is_locked(path):
             path.unlink(missing_ok=True)
             removed += 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from megasora.config.files import written_whole
 from megasora.config.schema import EncodersConfig, ModelConfig
 from megasora.models.encoders.bundle import be_quiet
 
@@ -30,10 +30,10 @@ def make_tiny_encoders(folder: Path, *, captions: Sequence[str], model: ModelCon
     config = replace(base, vae=str(folder / "vae"), t5=str(folder / "t5"), clip=str(folder / "clip"))
     if (folder / "done.json").exists():
         return config
-    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     be_quiet()
-    try:
+    with written_whole(folder) as temporary:
+        temporary.mkdir()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _make_vae(temporary / "vae", latent_channels=model.latent_channels)
@@ -42,9 +42,6 @@ def make_tiny_encoders(folder: Path, *, captions: Sequence[str], model: ModelCon
         (temporary / "done.json").write_text(json.dumps({"seed": seed}))
         if folder.exists():
             shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return config
 
 

@@ -109,3 +109,10 @@ def test_a_condition_is_folded_only_when_asked(tmp_path: Path) -> None:
     notes = export_weights(tmp_path / "w.safetensors", tmp_path / "f.safetensors", target_format="flux", drop_cond=True).lines
     assert any("lossy" in note for note in notes)
     assert SafetensorsReader(tmp_path / "f.safetensors").read("img_in.bias").tolist() == [2.0] * 32
+
+
+def test_a_reader_describes_its_tensors_once(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "w.safetensors", {"a": torch.zeros(2), "b": torch.ones(3)}, metadata={})
+    reader = SafetensorsReader(tmp_path / "w.safetensors")
+    assert reader.infos is reader.infos
+    assert list(reader.infos) == ["a", "b"]

@@ -258,7 +258,7 @@ def test_an_interruption_leaves_only_whole_shards(config: RunConfig, tmp_path: P
 def test_files_of_a_killed_writer_are_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
     import fcntl
 
-    dead, alive, foreign = (tmp_path / f".shard-00000{number}.tar.host.1.tmp" for number in range(3))
+    dead, alive, foreign = (tmp_path / f".shard-00000{number}.host.1.tmp.tar" for number in range(3))
     for path in (dead, alive, foreign):
         path.write_bytes(b"half")
     with alive.open("r+b") as file:
