@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from rich.progress import Progress
 from torch import Tensor
 
-from megasora.checkpoint.source import Select, open_source
+from megasora.checkpoint.source import Select, WeightSource, open_source
 from megasora.config.errors import UserError
-from megasora.config.schema import RunConfig, SampleConfig
+from megasora.config.schema import ModelConfig, RunConfig, SampleConfig
 from megasora.config.validate import raise_on_problems
 from megasora.data.decoding.contract import DecodeError, DecodeRequest
 from megasora.data.decoding.pyav import PyAVDecoder
@@ -60,11 +61,32 @@ def run_sample(
     source.fits(model)
     if image is not None and not model.cond_embed:
         raise UserError(f"weights {weights} have no cond_in, so --image cannot be used with them")
+    sampler = _sampler(config, source, model=model, device=device)
+    first_frame = None if image is None else _read_image(image, config.sample)
+    rank = sampler.context.rank
+    files: list[Path] = []
+    with Progress(disable=rank != 0, transient=True) as progress:
+        task = progress.add_task("sample", total=len(prompt) * config.sample.steps)
+        for number, text in enumerate(prompt):
+            encoded = sampler.encode(text, first_frame=first_frame, text_tokens=config.data.text_tokens)
+            latent = sampler.sample(encoded, number=number, on_step=lambda _: progress.advance(task))
+            path = output / f"sample_{number:03d}.mp4"
+            if rank == 0:
+                output.mkdir(parents=True, exist_ok=True)
+                write_video(path, sampler.encoders.vae.decode(latent).float(), fps=config.sample.fps)
+            files.append(path)
+    if rank == 0:
+        print("\n".join(map(str, files)))
+    return files
+
+
+def _sampler(config: RunConfig, source: WeightSource, *, model: ModelConfig, device: torch.device) -> Sampler:
+    """Encoders and this rank's part of the model, with its weights."""
     encoders = load_encoders(config.encoders, model=model, device=device)
     context = groups.initialize(config.parallel, device=device, num_attention_heads=model.num_attention_heads, seed=0)
     chunks, megatron_config = build_chunks(model, config.parallel, config.precision, context=context)
     fill_parameters(chunks, source.read, known=source.shapes, model=model, context=context)
-    sampler = Sampler(
+    return Sampler(
         chunks,
         megatron_config=megatron_config,
         model=model,
@@ -73,21 +95,6 @@ def run_sample(
         encoders=encoders,
         context=context,
     )
-    first_frame = None if image is None else _read_image(image, config.sample)
-    files: list[Path] = []
-    with Progress(disable=context.rank != 0, transient=True) as progress:
-        task = progress.add_task("sample", total=len(prompt) * config.sample.steps)
-        for number, text in enumerate(prompt):
-            encoded = sampler.encode(text, first_frame=first_frame, text_tokens=config.data.text_tokens)
-            latent = sampler.sample(encoded, number=number, on_step=lambda _: progress.advance(task))
-            path = output / f"sample_{number:03d}.mp4"
-            if context.rank == 0:
-                output.mkdir(parents=True, exist_ok=True)
-                write_video(path, encoders.vae.decode(latent).float(), fps=config.sample.fps)
-            files.append(path)
-    if context.rank == 0:
-        print("\n".join(map(str, files)))
-    return files
 
 
 def _read_image(image: Path, settings: SampleConfig) -> Tensor:

@@ -168,6 +168,9 @@ def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: St
     )
     with log:
         _greet(log, config, context=context, clips=clips, events=events, done=trainee.step)
+        if trainee.step >= config.train.steps:
+            log.say(f"nothing to do: {trainee.step} of {config.train.steps} steps are done; raise --train.steps to go on")
+            return
         _loop(trainee, config=config, context=context, clips=clips, encoders=encoders, cache=cache, evaluator=evaluator, log=log,
               events=events, root=root, manifest=manifest, stop=stop)  # fmt: skip
 
@@ -325,9 +328,6 @@ def _loop(
     manifest: Manifest,
     stop: StopRequest,
 ) -> None:
-    if trainee.step >= config.train.steps:
-        log.say(f"nothing to do: {trainee.step} of {config.train.steps} steps are done; raise --train.steps to go on")
-        return
     sampler = _sampler(trainee, config=config, encoders=encoders, context=context)
     feeder = Feeder(
         clips,
