@@ -202,6 +202,12 @@ def _precision(config: RunConfig, world_size: int) -> Iterator[Problem]:
             yield Problem(
                 field="precision.fp8", message="the local provider has no FP8 (Megatron-core would ignore it)", cure="use provider te"
             )
+        if precision.fp8 == "delayed":
+            yield Problem(
+                field="precision.fp8",
+                message="delayed scaling keeps scales from step to step that a checkpoint does not hold; a restart would get them wrong",
+                cure="use tensorwise, which takes each scale from the tensor itself",
+            )
         if precision.fp8 == "mxfp8":
             yield Problem(field="precision.fp8", message="mxfp8 needs a Blackwell GPU", cure="on Hopper use tensorwise or blockwise")
         tp = config.parallel.tensor_model_parallel_size

@@ -21,6 +21,7 @@ from megasora.diffusion.guidance import denoise, latent_frame_of
 from megasora.diffusion.patchify import patchify, unpatchify
 from megasora.diffusion.philox import Stream, key_of, normal_at
 from megasora.models.encoders.bundle import Encoders
+from megasora.models.mmdit.megatron_config import row_multiple
 from megasora.models.mmdit.model import ModelInputs
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel.groups import ParallelContext
@@ -90,7 +91,7 @@ class Sampler:
         shape = SampleShape(text_tokens=len(prompt.text), grid=self.grid)
         pack = Pack(
             [shape],
-            split=PackSplit(tp=context.topology.tp, cp=context.topology.cp),
+            split=PackSplit(tp=context.topology.tp, cp=context.topology.cp, row_multiple=row_multiple(self.megatron_config)),
             tp_rank=context.at.tp,
             cp_rank=context.at.cp,
             device=context.device,

@@ -132,18 +132,20 @@ def initialize(
         pipeline_model_parallel_size=topology.pp,
         virtual_pipeline_model_parallel_size=topology.vp,
         context_parallel_size=topology.cp,
-        create_gloo_process_groups=device.type == "cpu",
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=parallel.timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     rank = dist.get_rank()
+    timeout = timedelta(minutes=parallel.timeout_minutes)
     return ParallelContext(
         topology=topology,
         at=topology.coordinates(rank),
         rank=rank,
         device=device,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        replica=_new_group_of(rank, [topology.replica_ranks(dp) for dp in range(topology.dp)]),
-        context=_context_groups(topology, rank, factor),
+        replica=_new_group_of(rank, [topology.replica_ranks(dp) for dp in range(topology.dp)], timeout=timeout),
+        context=_context_groups(topology, rank, factor, timeout=timeout),
     )
 
 
@@ -152,18 +154,21 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def _new_group_of(rank: int, partition: list[list[int]]) -> dist.ProcessGroup:
-    """The group of `partition` that holds `rank`; every rank creates every group, in the same order."""
+def _new_group_of(rank: int, partition: list[list[int]], *, timeout: timedelta) -> dist.ProcessGroup:
+    """The group of `partition` that holds `rank`; every rank creates every group, in the same order.
+
+    A group does not inherit the world's timeout: without its own it has the backend's (NCCL: 10 minutes).
+    """
     mine: dist.ProcessGroup | None = None
     for ranks in partition:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout)
         if rank in ranks:
             mine = group
     assert mine is not None, f"rank {rank} is in no group of {partition}"
     return mine
 
 
-def _context_groups(topology: Topology, rank: int, factor: int) -> ContextGroups:
+def _context_groups(topology: Topology, rank: int, factor: int, *, timeout: timedelta) -> ContextGroups:
     ulysses: list[list[int]] = []
     ring: list[list[int]] = []
     rings = topology.cp // factor
@@ -175,8 +180,8 @@ def _context_groups(topology: Topology, rank: int, factor: int) -> ContextGroups
                 ring += [ranks[u::factor] for u in range(factor)]
     cp = topology.coordinates(rank).cp
     return ContextGroups(
-        ulysses=_new_group_of(rank, ulysses),
-        ring=_new_group_of(rank, ring),
+        ulysses=_new_group_of(rank, ulysses, timeout=timeout),
+        ring=_new_group_of(rank, ring, timeout=timeout),
         ulysses_size=factor,
         ring_size=rings,
         ulysses_rank=cp % factor,

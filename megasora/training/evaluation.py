@@ -20,6 +20,7 @@ from megasora.data.plan import PlannedClip
 from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of
 from megasora.models.encoders.bundle import Encoders
+from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
@@ -129,7 +130,7 @@ class Evaluator:
         )
         pack = Pack(
             [SampleShape(text_tokens=real.clip.text_tokens, grid=real.clip.grid)],
-            split=PackSplit(tp=topology.tp, cp=topology.cp),
+            split=PackSplit(tp=topology.tp, cp=topology.cp, row_multiple=FP8_ROW_MULTIPLE[self.config.precision.fp8]),
             tp_rank=at.tp,
             cp_rank=at.cp,
             device=self.context.device,

@@ -71,6 +71,7 @@ def build_optimizer(
             overlap_param_gather=parallel.overlap_param_gather,
         ),
         list(wrapped),
+        use_gloo_process_groups=False,  # they gather checkpoints in host memory; ours are written as rectangles, in place
     )
 
 
@@ -95,7 +96,9 @@ class OwnedShard:
     master: Tensor
     """fp32 master weights of the run (for an fp32 model a view of the parameter)."""
     state: dict[str, Tensor]
-    """Adam's exp_avg, exp_avg_sq and step of the run; filled by `ensure_adam_state` or the first step."""
+    """Adam's exp_avg and exp_avg_sq of the run; filled by `ensure_adam_state` or the first step."""
+    counts_steps: bool
+    """Whether this Adam keeps its step here too, a tensor."""
 
 
 def owned_shards(optimizer: MegatronOptimizer) -> Iterator[OwnedShard]:
@@ -108,16 +111,36 @@ def owned_shards(optimizer: MegatronOptimizer) -> Iterator[OwnedShard]:
                 group, order = inner.model_param_group_index_map[parameter]
                 master = inner.optimizer.param_groups[group]["params"][order]
                 run = inner._get_model_param_range_map(parameter)["param"]
-                yield OwnedShard(parameter=parameter, start=run.start, stop=run.end, master=master, state=inner.optimizer.state[master])
+                yield OwnedShard(
+                    parameter=parameter,
+                    start=run.start,
+                    stop=run.end,
+                    master=master,
+                    state=inner.optimizer.state[master],
+                    counts_steps=_counts_per_parameter(inner.optimizer),
+                )
 
 
 def ensure_adam_state(optimizer: MegatronOptimizer, *, step: int) -> None:
-    """Give every shard its own Adam state at `step` (torch's Adam after a load must not share one step tensor)."""
+    """Give every shard its own Adam state at `step`.
+
+    torch's Adam counts in a tensor for each parameter (after a load they must not share one); Transformer Engine's and apex's FusedAdam,
+    which Megatron-core takes where they are installed, count in their parameter groups.
+    """
+    for inner in _distributed(optimizer):
+        if not _counts_per_parameter(inner.optimizer):
+            for group in inner.optimizer.param_groups:
+                group["step"] = step
     for shard in owned_shards(optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in shard.state:
                 shard.state[name] = torch.zeros_like(shard.master)
-        shard.state["step"] = torch.tensor(float(step))
+        if shard.counts_steps:
+            shard.state["step"] = torch.tensor(float(step))
+
+
+def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def refresh_masters(optimizer: MegatronOptimizer) -> None:

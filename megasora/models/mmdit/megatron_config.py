@@ -14,6 +14,16 @@ FP8_ROW_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128
 (Transformer Engine 2.11, pytorch/utils.py and pytorch/quantization)."""
 
 
+FP8_FORMAT = {"none": None, "delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+"""Float8 types: hybrid takes E5M2 for gradients, whose range one scale for a whole tensor needs; scales for small blocks let gradients keep
+E4M3's third bit (Transformer Engine 2.11, common/recipe: the defaults of each recipe)."""
+
+
+def row_multiple(config: TransformerConfig) -> int:
+    """Rows that a stream's share must be a multiple of, for `PackSplit`."""
+    return FP8_ROW_MULTIPLE[config.fp8_recipe if config.fp8 else "none"]
+
+
 def transformer_config(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -52,7 +62,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        fp8=None if precision.fp8 == "none" else "hybrid",
+        fp8=FP8_FORMAT[precision.fp8],
         fp8_recipe=None if precision.fp8 == "none" else precision.fp8,
         use_cpu_initialization=on_cpu,
         perform_initialization=False,

@@ -91,7 +91,8 @@ class MMDiT(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.input_tensor: Tensor | None = None
-        layers = LayerFactory(config=config, tp_group=context.pg_collection.tp, submodules=submodules)
+        self.tp_group = context.pg_collection.tp
+        layers = LayerFactory(config=config, tp_group=self.tp_group, submodules=submodules)
         if stage.pre_process:
             self._build_embedders(layers)
         self.double_blocks = nn.ModuleDict()
@@ -133,8 +134,9 @@ class MMDiT(MegatronModule):
         """
         txt, img, vec = self._enter(inputs, pack)
         rotations = self._rotations(pack.positions if positions is None else positions, pack)
-        txt, img = self._run_double_blocks(txt, img, vec, rotations, pack)
-        joint = self._run_single_blocks(torch.cat([txt, img]), vec, rotations, pack)
+        with self._fp8():
+            txt, img = self._run_double_blocks(txt, img, vec, rotations, pack)
+            joint = self._run_single_blocks(torch.cat([txt, img]), vec, rotations, pack)
         if not self.post_process:
             return torch.cat([joint, vec])
         result: Tensor = self.final_layer(joint[pack.num_text :], vec, pack.video_runs)
@@ -172,35 +174,38 @@ class MMDiT(MegatronModule):
         return StreamRotations(joint=joint, txt=Rotation(cos[0], sin[0]), img=Rotation(cos[1], sin[1]))
 
     def _run_double_blocks(self, txt: Tensor, img: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> tuple[Tensor, Tensor]:
-        for place, (number, block) in enumerate(self.double_blocks.items()):
+        for place, block in enumerate(self.double_blocks.values()):
 
             def run(txt_: Tensor, img_: Tensor, vec_: Tensor, block: nn.Module = block) -> tuple[Tensor, Tensor]:
                 result: tuple[Tensor, Tensor] = block(txt_, img_, vec_, rotations, pack)
                 return result
 
-            with self._fp8(int(number)):
-                txt, img = _maybe_recompute(run, place < self.stage.recompute_double, txt, img, vec)
+            txt, img = self._maybe_recompute(run, place < self.stage.recompute_double, txt, img, vec)
         return txt, img
 
     def _run_single_blocks(self, joint: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> Tensor:
-        for place, (number, block) in enumerate(self.single_blocks.items()):
+        for place, block in enumerate(self.single_blocks.values()):
 
             def run(joint_: Tensor, vec_: Tensor, block: nn.Module = block) -> Tensor:
                 result: Tensor = block(joint_, vec_, rotations, pack)
                 return result
 
-            with self._fp8(self.model.num_double_blocks + int(number)):
-                joint = _maybe_recompute(run, place < self.stage.recompute_single, joint, vec)
+            joint = self._maybe_recompute(run, place < self.stage.recompute_single, joint, vec)
         return joint
 
-    def _fp8(self, block: int) -> AbstractContextManager[object]:
-        context: AbstractContextManager[object] = get_fp8_context(self.config, block)
+    def _fp8(self) -> AbstractContextManager[object]:
+        """One context around all blocks: delayed scaling reduces its maxima whenever the outermost context ends."""
+        context: AbstractContextManager[object] = get_fp8_context(self.config)
         return context
 
+    def _maybe_recompute(self, run: Callable[..., Any], recompute: bool, *tensors: Tensor) -> Any:
+        """Run a block, keeping its activations or only its inputs. `vec` is an argument: both checkpoints are re-entrant, so a tensor
+        that is merely closed over would lose its gradient. Megatron's would recompute outside the FP8 context, so with FP8 it is
+        Transformer Engine's, which enters the context again and keeps the scales of the forward pass."""
+        if not recompute or not torch.is_grad_enabled():
+            return run(*tensors)
+        if self.config.fp8 is None:
+            return tensor_parallel.checkpoint(run, False, *tensors)
+        from megatron.core.extensions.transformer_engine import te_checkpoint
 
-def _maybe_recompute(run: Callable[..., Any], recompute: bool, *tensors: Tensor) -> Any:
-    """Run a block, keeping its activations or only its inputs. `vec` is an argument: Megatron's checkpoint is re-entrant, so a tensor
-    that is merely closed over would lose its gradient."""
-    if recompute and torch.is_grad_enabled():
-        return tensor_parallel.checkpoint(run, False, *tensors)
-    return run(*tensors)
+        return te_checkpoint(run, False, tensor_parallel.random.get_cuda_rng_tracker, self.tp_group, *tensors)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -88,7 +89,11 @@ class LayerFactory:
         return _mark_sharded(layer, {"weight": 1})
 
     def on_samples(self, input_size: int, output_size: int, *, config: TransformerConfig) -> nn.Module:
-        """Column-parallel linear whose rows are samples: no sequence parallelism, no gradient reduction of its own, never FP8."""
+        """Column-parallel linear whose rows are samples: no sequence parallelism, no gradient reduction of its own, never FP8.
+
+        It is Megatron's own with either provider, whose fused weight gradient would need apex's extension.
+        """
+        config = dataclasses.replace(config, gradient_accumulation_fusion=False) if config.gradient_accumulation_fusion else config
         layer = LocalColumnParallelLinear(
             input_size,
             output_size,
