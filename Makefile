@@ -11,6 +11,7 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-deps --target $(VENV)/te transformer-engine==2.11.0  # its Python only, for tests/gpu_emulated
 	touch $@
 
 demo: $(STAMP)

@@ -25,12 +25,14 @@ class RankFailedError(RuntimeError):
     """A rank raised; the message holds its traceback."""
 
 
-def _serve(rank: int, connection: Connection, paths: list[str]) -> None:
+def _serve(rank: int, connection: Connection, paths: list[str], prepare: tuple[str, str] | None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path[:0] = [path for path in paths if path not in sys.path]
     import warnings
 
     warnings.filterwarnings("ignore")
+    if prepare is not None:
+        getattr(importlib.import_module(prepare[0]), prepare[1])()
     import torch
     import torch.distributed as dist
 
@@ -65,9 +67,15 @@ def _serve(rank: int, connection: Connection, paths: list[str]) -> None:
 
 
 class RankPool:
-    """Ranks that wait for jobs."""
+    """Ranks that wait for jobs.
 
-    def __init__(self, size: int = POOL_SIZE, *, timeout_s: float = TIMEOUT_S) -> None:
+    Args:
+        size: ranks.
+        timeout_s: for a job.
+        prepare: module-level function that each rank calls before Megatron is imported.
+    """
+
+    def __init__(self, size: int = POOL_SIZE, *, timeout_s: float = TIMEOUT_S, prepare: Callable[[], None] | None = None) -> None:
         context = mp.get_context("spawn")
         self.size = size
         self.timeout_s = timeout_s
@@ -78,7 +86,8 @@ class RankPool:
         for rank in range(size):
             ours, theirs = context.Pipe()
             # not daemonic: Megatron's checkpoint writer starts processes of its own
-            process = context.Process(target=_serve, args=(rank, theirs, list(sys.path)), daemon=False)
+            name = None if prepare is None else (prepare.__module__, prepare.__qualname__)
+            process = context.Process(target=_serve, args=(rank, theirs, list(sys.path), name), daemon=False)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

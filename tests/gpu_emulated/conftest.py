@@ -1,0 +1,18 @@
+"""Ranks with an emulated H200 each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gpu_emulated.emulation import emulate
+from tests.pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def gpus() -> Iterator[RankPool]:
+    """Eight ranks whose `--device cuda` works; a pool of their own, for Transformer Engine must be there before Megatron is imported."""
+    ranks = RankPool(prepare=emulate)
+    yield ranks
+    ranks.close()

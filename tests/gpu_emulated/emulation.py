@@ -1,0 +1,140 @@
+"""An H200 that is not there: `--device cuda` on CPU tensors, with Transformer Engine's Python over the emulated extension.
+
+Every setting takes its CUDA branch (`device.type == "cuda"`): Transformer Engine's layers, fused gradient accumulation, freed pipeline
+outputs, FusedAdam. Tensors that are made on or moved to a CUDA device stay CPU tensors. NCCL is gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from megasora.parallel.cpu import CpuEvent, enable_cpu_backend
+
+CPU = torch.device("cpu")
+TE_FOLDER = Path(sys.prefix) / "te"
+"""Where `make` puts Transformer Engine's Python: outside site-packages, or every CPU run would find it and miss its libraries."""
+
+
+class Properties:
+    """What torch.cuda.get_device_properties says of an H200."""
+
+    name = "NVIDIA H200"
+    major, minor = 9, 0
+    multi_processor_count = 132
+    total_memory = 141 * 10**9
+
+
+class EmulatedCudaMode(TorchFunctionMode):
+    """Replaces CUDA devices by the CPU wherever a tensor is made or moved, given by keyword or in place."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call `func` with CPU devices."""
+        if func == torch.Tensor.is_cuda.__get__:
+            return True
+        if func in (torch.autograd.backward, torch.Tensor.backward):
+            given = {**dict(zip(("tensors", "grad_tensors"), args, strict=False)), **(kwargs or {})}
+            return self._backward(given["tensors"], given.get("grad_tensors"))
+        if func is torch.device:  # a name of a device is no tensor on it
+            return func(*args, **(kwargs or {}))
+        changed = {name: CPU if name == "device" and isinstance(value, int) else _on_cpu(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_on_cpu, args), **changed)
+
+    def _backward(self, tensors: Any, gradients: Any = None) -> None:
+        """Run the engine with this mode on: inside a mode's own call it would be off, also for layers' backward code."""
+        tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+        gradients = (gradients,) if isinstance(gradients, torch.Tensor) else tuple(gradients or [None] * len(tensors))
+        gradients = tuple(torch.ones_like(t) if g is None else g for t, g in zip(tensors, gradients, strict=True))
+        with self:
+            torch.autograd.Variable._execution_engine.run_backward(
+                tensors, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return CPU if value.type == "cuda" else value
+    return CPU if isinstance(value, str) and value.split(":")[0] == "cuda" else value
+
+
+def emulate() -> None:
+    """Turn this process into a rank with an H200, before Megatron or Transformer Engine is imported.
+
+    Raises:
+        RuntimeError: Transformer Engine's Python is not installed for the tests.
+    """
+    if not (TE_FOLDER / "transformer_engine").is_dir():
+        raise RuntimeError(f"{TE_FOLDER} lacks Transformer Engine's Python: make test installs it")
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its package then looks for no shared library
+    sys.path.insert(0, str(TE_FOLDER))
+    from tests.gpu_emulated import extension
+
+    extension.install()
+    import transformer_engine.common
+
+    transformer_engine.common.load_framework_extension = lambda framework: None  # it is in sys.modules already
+    for name in ("onnx_extensions", "triton.pad", "permutation", "cross_entropy"):  # need onnxscript or Triton at import
+        module = f"transformer_engine.pytorch.{name}"
+        sys.modules[module] = extension.RefusingModule(module)
+    torch.cuda.is_available = lambda: True  # Transformer Engine asks while it is imported
+    enable_cpu_backend()  # streams, events, RNG states
+    _replace_cuda_queries()
+    _replace_nccl()
+    _replace_wrappers()
+    _replace_rng()
+    EmulatedCudaMode().__enter__()
+
+
+def _replace_cuda_queries() -> None:
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "current_device": 0,
+        "is_current_stream_capturing": False,
+        "get_device_capability": (9, 0),
+        "get_device_name": Properties.name,
+        "get_device_properties": Properties,
+        "max_memory_allocated": 0,
+        "memory_allocated": 0,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_args, answer=answer, **_kwargs: answer)
+    torch.cuda.graphs.is_current_stream_capturing = lambda: False
+    torch.version.cuda = "13.0"
+
+
+def _replace_nccl() -> None:
+    real = dist.init_process_group
+
+    def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+        real("gloo" if backend == "nccl" else backend, *args, **kwargs)
+
+    dist.init_process_group = init_process_group
+    # several collectives in one launch, which gloo does not have: one after another
+    torch.distributed._coalescing_manager = lambda **_kwargs: nullcontext(CpuEvent())
+
+
+def _replace_wrappers() -> None:
+    """Quantised tensors are made by a static method that no function mode sees."""
+    real = torch.Tensor._make_wrapper_subclass
+
+    def make(cls: type, shape: Any, *args: Any, **kwargs: Any) -> Any:
+        return real(cls, shape, *args, **{**kwargs, "device": CPU})
+
+    torch.Tensor._make_wrapper_subclass = staticmethod(make)
+
+
+def _replace_rng() -> None:
+    from transformer_engine.pytorch import distributed
+
+    distributed._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)

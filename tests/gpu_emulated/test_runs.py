@@ -1,0 +1,70 @@
+"""Whole commands with `--device cuda`, on emulated GPUs: a restart is no restart, FP8 everywhere it should be, nothing else is called."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megasora.config.io import load_yaml
+from megasora.config.schema import ParallelConfig, RunConfig
+from tests.gpu_emulated.runs import gpu_run, sample_on_gpu, train_on_gpu
+from tests.parallel.runs import metrics
+from tests.pool import RankPool
+
+STEPS = 12
+
+
+def curve(run_dir: Path) -> list[tuple[float, float]]:
+    return [(record["loss"], record["grad_norm"]) for record in metrics(run_dir)]
+
+
+@pytest.mark.parametrize("fp8", ["none", "tensorwise"])
+def test_a_restart_repeats_the_uninterrupted_run_to_the_bit(gpus: RankPool, tmp_path: Path, fp8: str) -> None:
+    """Ten steps after it, for a step that an optimizer counts wrongly shows late; FusedAdam counts in its parameter groups."""
+    (calls,) = gpus.run(1, train_on_gpu, gpu_run(tmp_path / "straight", steps=STEPS, fp8=fp8))
+    gpus.run(1, train_on_gpu, gpu_run(tmp_path / "restarted", steps=2, fp8=fp8, interval_steps=2))
+    (after,) = gpus.run(1, train_on_gpu, gpu_run(tmp_path / "restarted", steps=STEPS, fp8=fp8))
+    assert sorted(set(calls["adam"])) == list(range(1, STEPS + 1))
+    assert sorted(set(after["adam"])) == list(range(3, STEPS + 1))
+    assert curve(tmp_path / "restarted") == curve(tmp_path / "straight")
+    assert len(curve(tmp_path / "straight")) == STEPS
+
+
+def test_training_evaluation_and_sampling_run_every_block_product_in_fp8(gpus: RankPool, tmp_path: Path) -> None:
+    config = gpu_run(tmp_path / "run", steps=2, fp8="tensorwise", eval_steps=2, interval_steps=2)
+    (calls,) = gpus.run(1, train_on_gpu, config)
+    assert set(calls["gemm"]) == {"fp8"}
+    assert {"attention_forward", "attention_backward"} <= calls.keys()
+    assert [event["event"] for event in metrics(tmp_path / "run")[-1]["events"]] == ["eval", "checkpoint"]
+    config = load_yaml(tmp_path / "run" / "config.yaml")  # names the encoders that the run made
+    (calls,) = gpus.run(1, sample_on_gpu, config, tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "clips")
+    assert set(calls["gemm"]) == {"fp8"}
+    assert [path.suffix for path in (tmp_path / "clips").iterdir()] == [".mp4"]
+
+
+def test_a_run_moves_between_emulated_gpus_and_the_cpu(gpus: RankPool, pool: RankPool, tmp_path: Path) -> None:
+    """A checkpoint knows neither provider nor device: GPU (te, FusedAdam), then CPU (local, torch's Adam), then two GPUs in TP2."""
+    from tests.parallel.runs import train_on_rank
+
+    gpus.run(1, train_on_gpu, gpu_run(tmp_path / "run", steps=3, interval_steps=3))
+    on_cpu = replace(gpu_run(tmp_path / "run", steps=6, interval_steps=3), device="cpu")
+    pool.run(1, train_on_rank, on_cpu)
+    tp2 = ParallelConfig(tensor_model_parallel_size=2)
+    gpus.run(2, train_on_gpu, gpu_run(tmp_path / "run", steps=9, parallel=tp2))
+    gpus.run(1, train_on_gpu, gpu_run(tmp_path / "straight", steps=9))
+    for (loss, norm), (expected, expected_norm) in zip(curve(tmp_path / "run"), curve(tmp_path / "straight"), strict=True):
+        assert loss == pytest.approx(expected, rel=2.0**-8)  # bf16
+        assert norm == pytest.approx(expected_norm, rel=2.0**-5)
+
+
+def test_delayed_scaling_refuses_to_train(tmp_path: Path) -> None:
+    """Its scales are state that a checkpoint does not hold: the step after a restart would have gradients far off."""
+    from megasora.config.validate import problems
+
+    config: RunConfig = gpu_run(tmp_path / "run", steps=2, fp8="delayed")
+    found = [problem for problem in problems(config, world_size=1) if problem.field == "precision.fp8"]
+    assert len(found) == 1
+    assert "checkpoint" in found[0].message
+    assert "tensorwise" in found[0].cure
