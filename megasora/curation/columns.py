@@ -27,7 +27,7 @@ PROBE = pa.schema(
         pa.field("resolution", pa.int64(), metadata={"about": "height x width, after the crop"}),
         pa.field("fps", pa.float64(), metadata={"about": "mean frame rate; 1 for an image"}),
         pa.field("bits_per_pixel", pa.float64(), metadata={"about": "bits of the video stream / (frames x height x width)"}),
-        pa.field("variable_fps", pa.bool_(), metadata={"about": "time stamps are not evenly spaced, so frame numbers cannot be sought"}),
+        pa.field("variable_fps", pa.bool_(), metadata={"about": "time stamps are not evenly spaced; fps is a mean"}),
         pa.field("error", pa.string(), metadata={"about": "why the file cannot be used; empty when it can"}),
     ]
 )

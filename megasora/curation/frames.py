@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-_SEEK_MARGIN_FRAMES = 64
-"""A seek pays when at least so many frames lie before the start."""
+from megasora.media.numbering import LostCountError, MissingFrameError, Spoilage, numbered_frames
 
 
 class DamagedClipError(Exception):
@@ -32,8 +32,6 @@ class Span:
     end: int
     crop: tuple[int, int, int, int] | None = None
     """(x, y, width, height) in pixels as stored."""
-    countable: bool = True
-    """Frame numbers follow from time stamps, so a late start can be sought."""
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> Span:
@@ -43,49 +41,49 @@ class Span:
         if row.get("crop_w") is not None:
             crop = (int(row["crop_x"]), int(row["crop_y"]), int(row["crop_w"]), int(row["crop_h"]))
         end = int(row.get("end_frame") or start + int(row["num_frames"]))
-        return cls(path=str(row["path"]), start=start, end=end, crop=crop, countable=not row.get("variable_fps"))
+        return cls(path=str(row["path"]), start=start, end=end, crop=crop)
 
 
 def read_frames(span: Span) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(number, frame) of a span, in order.
+    """(number, frame) of a span, in order; the numbers and pictures are those that the training decoder gives.
 
     Raises:
         DamagedClipError: a frame is corrupt (also one before the start that later ones are predicted from), or the file ends early.
     """
+    yielded = False
+    try:
+        for number, frame in _read(span, seek=True):
+            yielded = True
+            yield number, frame
+        return
+    except LostCountError as error:
+        if yielded:  # what came before it is in use
+            raise DamagedClipError(f"after frame {number}: {error}", frame=number + 1) from error
+    yield from _read(span, seek=False)
+
+
+def _read(span: Span, *, seek: bool) -> Iterator[tuple[int, av.VideoFrame]]:
     number = span.start
+    spoilage = Spoilage()
     try:
         with av.open(span.path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"  # one core per worker process
-            for number, frame in _numbered(container, stream, span):
-                if frame.is_corrupt:
-                    raise DamagedClipError(f"frame {number} is corrupt", frame=number)
-                if number >= span.start:
-                    yield number, frame
+            for number, frame in numbered_frames(container, stream, start=span.start, seek=seek, deadline=math.inf):
+                spoiled = spoilage.of(number, frame)
+                if number < span.start:
+                    continue
+                if spoiled is not None:
+                    raise DamagedClipError(f"frame {spoiled} is corrupt", frame=spoiled)
+                yield number, frame
                 if number + 1 >= span.end:
                     return
+    except MissingFrameError as error:
+        raise DamagedClipError(str(error), frame=error.frame) from error
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DamagedClipError(f"after frame {number}: {reason.splitlines()[0]}", frame=number + 1) from error
     raise DamagedClipError(f"ends after frame {number} instead of {span.end - 1}", frame=number + 1)
-
-
-def _numbered(container: Any, stream: Any, span: Span) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(number, frame) from a key frame at or before the start, or from the beginning."""
-    rate, base = stream.average_rate, stream.time_base
-    origin = stream.start_time or 0
-    if span.start >= _SEEK_MARGIN_FRAMES and span.countable and rate and base:
-        container.seek(origin + int((span.start - 0.5) / rate / base), stream=stream)
-        decoded = container.decode(stream)
-        first = next(decoded, None)
-        if first is not None and first.pts is not None:
-            number = round((first.pts - origin) * base * rate)
-            if number <= span.start:
-                yield number, first
-                yield from enumerate(decoded, start=number + 1)
-                return
-        container.seek(origin, stream=stream)  # the key frame found lies too late: count from the beginning
-    yield from enumerate(container.decode(stream))
 
 
 class SmallFrames:

@@ -229,7 +229,7 @@ def _picture(row: Row) -> dict[str, str]:
     middle = (span.start + span.end) // 2
     small = SmallFrames(long_side=_PICTURE_PX, crop=span.crop)
     try:
-        for _, frame in read_frames(Span(path=span.path, start=middle, end=middle + 1, crop=span.crop, countable=span.countable)):
+        for _, frame in read_frames(Span(path=span.path, start=middle, end=middle + 1, crop=span.crop)):
             done, data = cv2.imencode(".jpg", small(frame), [cv2.IMWRITE_JPEG_QUALITY, 80])
             if done:
                 return {"picture": "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode(), "why": ""}

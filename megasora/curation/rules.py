@@ -20,7 +20,7 @@ class FilterRules:
     upright: bool = True
     """Remove clips that are stored turned; decoding does not turn them. `shots --clips` writes them upright."""
     even_fps: bool = False
-    """Remove clips of variable frame rate; they decode exactly, but slowly, from the beginning of the file."""
+    """Remove clips of variable frame rate; frames keep their numbers, but the rate a caption tells is only a mean."""
     banned_profiles: tuple[str, ...] = ("Constrained Baseline",)
     """Codec profiles that go with poor sources (published)."""
     min_duration_s: float | None = 2.0

@@ -7,10 +7,7 @@ the bytes depend on the request alone, never on a thread count or on the key fra
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, insort
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import av
 import numpy as np
@@ -20,18 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megasora.data.decoding.contract import DECODE_TIMEOUT_S, DecodeError, DecodeRequest, check_count, check_crop, covering_size
-
-SEEK_FROM_FRAME = 64
-"""Reads that start earlier count frames from the start of the file; a seek pays later on."""
-
-MOST_LEADING_FRAMES = 16
-"""Frames that may stand after a key frame in the file and before it on the screen (open groups of pictures): the reference frames H.264 and
-HEVC allow are 16. The key frame sought lies so far before the start that it is shown before it too."""
-
-ONE_FRAME_PER_PACKET = ("h264", "hevc", "vp9", "av1")
-"""Codecs whose packets are one shown frame each, so that packets can be counted for frames. VP8 has packets that show nothing, MPEG-4 in
-AVI packets with two frames."""
-
+from megasora.media.numbering import LostCountError, MissingFrameError, Spoilage, numbered_frames
 
 _BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 """Bicubic at every size: without accurate rounding swscale takes the nearest chroma where nothing is resized. Bit-exact between kinds of
@@ -39,10 +25,6 @@ processor, as FFmpeg's own tests ask for."""
 
 
 _Pixels = NDArray[np.float32] | NDArray[np.uint8]
-
-
-class _LostCountError(DecodeError):
-    """A read that began at a key frame cannot tell frame numbers; counting from the start of the file can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +66,11 @@ class PyAVDecoder:
         deadline = time.monotonic() + self.timeout_s
         try:
             try:
-                self._read(request, target, deadline=deadline, seek=request.start >= SEEK_FROM_FRAME)
-            except _LostCountError:
+                self._read(request, target, deadline=deadline, seek=True)
+            except LostCountError:
                 self._read(request, target, deadline=deadline, seek=False)
+        except MissingFrameError as error:
+            raise DecodeError(f"{request.path}: {error}") from error
         except (av.error.FFmpegError, OSError, ValueError) as error:
             reason = self._too_long if time.monotonic() > deadline else error
             raise DecodeError(f"{request.path}: {reason}") from error
@@ -99,17 +83,14 @@ class PyAVDecoder:
     def _read(self, request: DecodeRequest, target: _Pixels, *, deadline: float, seek: bool) -> None:
         last = request.start + request.stride * (request.num_frames - 1)
         resize = _Resize(request)
-        done, spoiled = 0, None
+        done, spoilage = 0, Spoilage()
         with av.open(request.path, timeout=max(deadline - time.monotonic(), 1e-3)) as container:
             stream = _video_stream(container, request.path)
             stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
-            for number, frame in _numbered(container, stream, start=request.start, seek=seek, deadline=deadline):
+            for number, frame in numbered_frames(container, stream, start=request.start, seek=seek, deadline=deadline):
                 if number > last:
                     break
-                if frame.is_corrupt:
-                    spoiled = number
-                elif frame.key_frame:  # nothing after it is predicted from before it
-                    spoiled = None
+                spoiled = spoilage.of(number, frame)
                 if number < request.start:
                     continue
                 if spoiled is not None:  # also between strides: later frames are predicted from it
@@ -145,87 +126,6 @@ def _video_stream(container: av.container.InputContainer, path: str) -> av.Video
     if not container.streams.video:
         raise DecodeError(f"{path}: no video stream")
     return container.streams.video[0]
-
-
-def _numbered(
-    container: av.container.InputContainer, stream: av.VideoStream, *, start: int, seek: bool, deadline: float
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(frame number, frame) from the start of the file, or from the last usable key frame before `start` on.
-
-    After a seek a frame's number is the number of packets shown before it, so it is exact at a variable frame rate as well.
-
-    Raises:
-        _LostCountError: packets do not tell the number, or decoding cannot begin at the key frame.
-        DecodeError: a later frame is missing.
-    """
-    if not seek or stream.codec_context.codec.canonical_name not in ONE_FRAME_PER_PACKET:
-        yield from enumerate(chain.from_iterable(packet.decode() for packet in _packets(container, stream, deadline=deadline)))
-        return
-    counted, packets = _packets_from_key_frame(container, stream, start=start, deadline=deadline)
-    stamps: list[int] = []  # of the packets since the key frame, in the order they are shown
-    key_stamp: int | None = None
-    expected: int | None = None
-    for packet in packets:
-        if packet.size:
-            if packet.pts is None:
-                raise _LostCountError("packets carry no time stamps")
-            key_stamp = packet.pts if key_stamp is None else key_stamp
-            if not packet.is_discard:
-                insort(stamps, packet.pts)
-        for frame in packet.decode():
-            if frame.pts is None or key_stamp is None:
-                raise _LostCountError("frames carry no time stamps")
-            if frame.pts < key_stamp:  # predicted from frames before the key frame
-                continue
-            number = counted + bisect_left(stamps, frame.pts)
-            if expected is None and frame.pts != stamps[bisect_left(stamps, key_stamp)]:
-                raise _LostCountError("the key frame itself did not come")  # a recovery point that takes some frames
-            if expected is not None and number != expected:
-                raise DecodeError(f"{container.name}: frame {expected} is missing")
-            expected = number + 1
-            yield number, frame
-
-
-def _packets(container: av.container.InputContainer, stream: av.VideoStream, *, deadline: float) -> Iterator[av.Packet]:
-    for packet in container.demux(stream):
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        yield packet
-
-
-def _packets_from_key_frame(
-    container: av.container.InputContainer, stream: av.VideoStream, *, start: int, deadline: float
-) -> tuple[int, Iterator[av.Packet]]:
-    """(packets shown before the first one, packets from a key frame on).
-
-    mp4 and mov index every packet, so the key frame's place is looked up and sought. Other containers are read from the start, but their
-    packets before the key frame are not decoded.
-    """
-    index = stream.index_entries
-    if "mp4" in container.format.name and len(index) == stream.frames > MOST_LEADING_FRAMES:
-        aim = index[min(start, len(index) - 1) - MOST_LEADING_FRAMES]
-        container.seek(aim.timestamp, stream=stream)
-        packets = _packets(container, stream, deadline=deadline)
-        first = next(packets)
-        place = index.search_timestamp(first.dts, any_frame=True) if first.dts is not None else -1
-        if place < 0 or index[place].pos != first.pos or not index[place].is_keyframe:
-            raise _LostCountError("the key frame is not in the index")
-        shown = place - sum(index[earlier].is_discard for earlier in range(place))
-        return shown, chain([first], packets)
-    packets = _packets(container, stream, deadline=deadline)
-    held: list[av.Packet] = []
-    place = key_place = 0
-    for packet in packets:
-        if packet.is_keyframe and place <= start - MOST_LEADING_FRAMES:
-            held.clear()
-            key_place = place
-        held.append(packet)
-        place += not packet.is_discard
-        if place > start - MOST_LEADING_FRAMES:
-            break
-    if not held[0].is_keyframe:
-        raise _LostCountError("the file does not begin with a key frame")
-    return key_place, chain(held, packets)
 
 
 class _Resize:

@@ -1,0 +1,1 @@
+"""Reading media files with PyAV alone: what training data and curation must agree on."""
