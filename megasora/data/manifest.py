@@ -10,10 +10,14 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megasora.config.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 REQUIRED = ("path", "text", "num_frames", "height", "width", "fps")
 """Columns no clip can do without (aspect_ratio and resolution follow from height and width)."""
@@ -70,40 +74,62 @@ def read_manifest(path: str | Path) -> Manifest:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read manifest {path}: {error.strerror}; check --data.manifest") from error
-    rows, columns = _read_table(path)
+    rows, columns, skipped = _read_table(path)
     missing = [column for column in REQUIRED if column not in columns]
     if missing:
         raise UserError(f"manifest {path} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}")
     clips: list[Clip] = []
-    skipped: list[SkippedRow] = []
-    for number, row in enumerate(rows):
+    for number, row in rows:
         try:
             clips.append(_clip(row, number, path.parent))
         except ValueError as error:
             skipped.append(SkippedRow(row=number, reason=str(error)))
+    skipped.sort(key=lambda one: one.row)
     if not clips:
         first = f" (row {skipped[0].row}: {skipped[0].reason})" if skipped else ""
         raise UserError(f"manifest {path} has no usable row{first}")
     return Manifest(clips=tuple(clips), skipped=tuple(skipped), sha256=hashlib.sha256(content).hexdigest())
 
 
-def _read_table(path: Path) -> tuple[Iterator[Mapping[str, Any]], list[str]]:
+def _read_table(path: Path) -> tuple[Iterator[tuple[int, Mapping[str, Any]]], list[str], list[SkippedRow]]:
+    """(row number, row) of the rows, names of the columns, and the rows that have another number of cells."""
     import pyarrow as pa
-    from pyarrow import csv, parquet
+    from pyarrow import parquet
 
+    skipped: list[SkippedRow] = []
     try:
-        if path.suffix == ".parquet":
-            table = parquet.read_table(path)
-        else:
-            # every column as text: a number is checked where it is used, and one bad cell costs one row
-            with path.open("rb") as file:
-                header = csv.open_csv(file).schema.names
-            options = csv.ConvertOptions(column_types={name: pa.string() for name in header}, strings_can_be_null=True)
-            table = csv.read_csv(path, convert_options=options, parse_options=csv.ParseOptions(newlines_in_values=True))
+        table = parquet.read_table(path) if path.suffix == ".parquet" else _read_csv(path, skipped)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"manifest {path} is not a readable csv or parquet table: {str(error).splitlines()[0]}") from error
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
-    return rows, table.column_names
+    gone = {one.row for one in skipped}
+    return zip((number for number in count() if number not in gone), rows, strict=False), table.column_names, skipped
+
+
+def _read_csv(path: Path, skipped: list[SkippedRow]) -> pa.Table:
+    """The rows that have as many cells as the header; the others are added to `skipped`.
+
+    pyarrow counts rows, not lines: 1 is the header, empty lines and line breaks in a cell do not count. It knows the number only without
+    threads.
+    """
+    import pyarrow as pa
+    from pyarrow import csv
+
+    def skip(row: csv.InvalidRow) -> str:
+        reason = f"{row.actual_columns} cells instead of {row.expected_columns}; put cells that contain commas in quotes"
+        skipped.append(SkippedRow(row=row.number - 2, reason=reason))
+        return "skip"
+
+    # every column as text: a number is checked where it is used, and one bad cell costs one row
+    unnoticed = csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda _: "skip")
+    with path.open("rb") as file:
+        header = csv.open_csv(file, parse_options=unnoticed).schema.names
+    return csv.read_csv(
+        path,
+        read_options=csv.ReadOptions(use_threads=False),
+        parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
+        convert_options=csv.ConvertOptions(column_types={name: pa.string() for name in header}, strings_can_be_null=True),
+    )
 
 
 def _clip(row: Mapping[str, Any], number: int, folder: Path) -> Clip:
