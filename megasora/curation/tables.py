@@ -22,7 +22,7 @@ from pyarrow import csv, parquet
 from megasora.config.errors import UserError
 from megasora.config.files import refuse_existing, written_whole
 from megasora.curation.columns import PROBE
-from megasora.curation.pool import Row, Work, outcomes
+from megasora.curation.pool import Outcome, Row, Work, outcomes
 from megasora.curation.settings import Limits
 
 METADATA_KEY = b"megasora"
@@ -99,16 +99,32 @@ def table_rows(path: Path, *, batch_rows: int = 4096) -> Iterator[Row]:
 def any_table_rows(path: Path) -> list[Row]:
     """Rows of a csv or parquet table that a user gives.
 
+    A csv row with another number of cells refuses the table, unlike in a manifest: it is a list that was written by hand and nothing was
+    spent on it yet, while a row that is left out here would be missing from every table and every count after it.
+
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or a row has a cell too many or too few.
     """
     if path.suffix == ".parquet":
         table_schema(path)
         return list(table_rows(path))
+    wrong: list[csv.InvalidRow] = []
+
+    def collect(row: csv.InvalidRow) -> str:
+        wrong.append(row)
+        return "skip"
+
     try:
-        rows: list[Row] = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True)).to_pylist()
+        # without threads pyarrow knows the numbers of rows; 1 is the header
+        one = csv.ReadOptions(use_threads=False)
+        parse = csv.ParseOptions(newlines_in_values=True, invalid_row_handler=collect)
+        rows: list[Row] = csv.read_csv(path, read_options=one, parse_options=parse).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a readable csv or parquet table: {str(error).splitlines()[0]}") from error
+    if wrong:
+        first, more = wrong[0], f" (and {len(wrong) - 1} more such rows)" if len(wrong) > 1 else ""
+        cells = f"row {first.number - 2} has {first.actual_columns} cells instead of {first.expected_columns}{more}"
+        raise UserError(f"{path}: {cells}; put cells that contain commas in quotes")
     return rows
 
 
@@ -172,51 +188,68 @@ def run_stage(
     identity = _identity(stage)
     _check_output(output, overwrite=overwrite)
     parts = _Parts(output.with_name(f"{output.name}.parts"), identity=identity, schema=stage.schema, fresh=overwrite)
-    counts = {"in": 0, "failed": 0, "resumed": 0, "done": 0}
-    order: dict[str, int] = {}
-    pending: dict[str, Row] = {}
-
-    def fresh() -> Iterator[tuple[str, Row]]:
-        for row in rows:
-            key = str(row["id"])
-            if key in order:
-                raise UserError(f"the id {key!r} occurs twice (rows {order[key]} and {len(order)}); give every row its own")
-            order[key] = len(order)
-            if key in parts.done:
-                counts["resumed"] += 1
-                counts["failed"] += parts.done[key]
-                report()
-                continue
-            pending[key] = row
-            yield key, row
-
-    def report() -> None:
-        counts["done"] += 1
-        if on_progress is not None:
-            on_progress(counts["done"], total, counts["failed"])
-
+    run = _Run(stage, parts, total=total, on_progress=on_progress)
     try:
-        for outcome in outcomes(stage.work, fresh(), limits=limits):
-            row = pending.pop(outcome.key)
-            results = list(outcome.rows) if not outcome.reason else [stage.on_failure(row, outcome.reason)]
-            failed = any(result.get("error") or result.get("score_error") for result in results)
-            counts["failed"] += failed
-            parts.add(outcome.key, results, failed=failed)
-            report()
+        for outcome in outcomes(stage.work, run.undone(rows), limits=limits):
+            run.finish(outcome)
     finally:
         parts.flush()  # also when interrupted: what is done stays done
-    if not order:
+    if not run.order:
         raise UserError(f"there is nothing to {stage.name}: the input has no row")
     metadata = {METADATA_KEY: json.dumps({"stage": stage.name, "settings": stage.settings}, sort_keys=True).encode()}
-    written = parts.merge(output, order=order, metadata=metadata)
+    written = parts.merge(output, order=run.order, metadata=metadata)
     return Summary(
         output=str(output),
-        rows_in=len(order),
+        rows_in=len(run.order),
         rows_out=written,
-        failed=counts["failed"],
-        resumed=counts["resumed"],
+        failed=run.failed,
+        resumed=run.resumed,
         seconds=time.monotonic() - started,
     )
+
+
+class _Run:
+    """The rows of a run that are out at work, and the counts of those that are done."""
+
+    def __init__(self, stage: Stage, parts: _Parts, *, total: int | None, on_progress: OnProgress | None) -> None:
+        self._stage, self._parts, self._total, self._on_progress = stage, parts, total, on_progress
+        self._pending: dict[str, Row] = {}
+        self._done = 0
+        self.failed = self.resumed = 0
+        self.order: dict[str, int] = {}
+        """Key of every input row seen -> its number."""
+
+    def undone(self, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+        """(key, row) of the rows that no earlier run did.
+
+        Raises:
+            UserError: an id occurs twice.
+        """
+        for row in rows:
+            key = str(row["id"])
+            if key in self.order:
+                raise UserError(f"the id {key!r} occurs twice (rows {self.order[key]} and {len(self.order)}); give every row its own")
+            self.order[key] = len(self.order)
+            if key in self._parts.done:
+                self.resumed += 1
+                self._count(failed=self._parts.done[key])
+                continue
+            self._pending[key] = row
+            yield key, row
+
+    def finish(self, outcome: Outcome) -> None:
+        """Keep what came of a row."""
+        row = self._pending.pop(outcome.key)
+        results = list(outcome.rows) if not outcome.reason else [self._stage.on_failure(row, outcome.reason)]
+        failed = any(result.get("error") or result.get("score_error") for result in results)
+        self._parts.add(outcome.key, results, failed=failed)
+        self._count(failed=failed)
+
+    def _count(self, *, failed: bool) -> None:
+        self.failed += failed
+        self._done += 1
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total, self.failed)
 
 
 class _Parts:
