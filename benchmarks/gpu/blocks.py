@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def fill_deterministically(chunk: MMDiT, model: ModelConfig) -> None:
     """The same small random weights in every precision and provider."""
     for _, parameter, pieces in canonical_parameters(chunk, model=model, tp_rank=0, tp_size=1):
         for piece in pieces:
-            generator = torch.Generator().manual_seed(abs(hash(piece.key)) % 2**31)
+            generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))  # hash() differs from run to run
             values = torch.randn(piece.shape, generator=generator) * (0.02 if len(piece.shape) == 2 else 0.01)
             piece.view(parameter.data).copy_(values + 1.0 if piece.key.endswith(".scale") else values)
 
