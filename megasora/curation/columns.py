@@ -23,7 +23,10 @@ PROBE = pa.schema(
         pa.field("height", pa.int64(), metadata={"about": "pixels as stored"}),
         pa.field("width", pa.int64(), metadata={"about": "pixels as stored"}),
         pa.field("rotation", pa.int64(), metadata={"about": "degrees the picture must be turned to stand upright"}),
-        pa.field("aspect_ratio", pa.float64(), metadata={"about": "height / width, after the crop"}),
+        pa.field(
+            "sample_aspect_ratio", pa.float64(), metadata={"about": "width of a stored pixel / its height; 1 when the file does not say"}
+        ),
+        pa.field("aspect_ratio", pa.float64(), metadata={"about": "height / width in pixels as stored, after the crop"}),
         pa.field("resolution", pa.int64(), metadata={"about": "height x width, after the crop"}),
         pa.field("fps", pa.float64(), metadata={"about": "mean frame rate; 1 for an image"}),
         pa.field("bits_per_pixel", pa.float64(), metadata={"about": "bits of the video stream / (frames x height x width)"}),

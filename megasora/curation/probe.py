@@ -21,6 +21,7 @@ from megasora.curation.columns import PROBE
 from megasora.curation.pool import Row
 from megasora.curation.settings import Limits, ProbeSettings
 from megasora.curation.tables import OnProgress, Stage, Summary, any_table_rows, run_stage
+from megasora.media.display import pixel_aspect
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".flv", ".wmv", ".gif", ".3gp", ".ogv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -148,6 +149,7 @@ def _facts(path: str) -> Row:
             "height": height,
             "width": width,
             "rotation": int(first.rotation) if first is not None else 0,
+            "sample_aspect_ratio": pixel_aspect(stream),
             "aspect_ratio": height / width if width else None,
             "resolution": height * width,
         }

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megasora.media.display import SQUARE_TOLERANCE
+
 StageName = Literal["256px", "256px_i2v", "768px"]
 
 
@@ -18,7 +20,11 @@ class FilterRules:
     """Thresholds; None turns a rule off. Defaults are those of the stage."""
 
     upright: bool = True
-    """Remove clips that are stored turned; decoding does not turn them. `shots --clips` writes them upright."""
+    """Remove clips that are stored turned: their columns and their crop are not those of the picture that is shown. `shots --clips` writes
+    them upright."""
+    square_pixels: bool = True
+    """Remove clips whose pixels are more than 1 % wider or higher than square (media/display.py says why 1 %); the reason is the same.
+    `shots --clips` writes them square."""
     even_fps: bool = False
     """Remove clips of variable frame rate; frames keep their numbers, but the rate a caption tells is only a mean."""
     banned_profiles: tuple[str, ...] = ("Constrained Baseline",)
@@ -118,6 +124,9 @@ def active_rules(rules: FilterRules) -> Iterator[Rule]:
     yield Rule(name="broken", column="error", removes="error <> ''", reason="cannot be read")
     if rules.upright:
         yield _flag("upright", "rotation", "coalesce(rotation, 0) % 360 <> 0", "stored turned")
+    if rules.square_pixels:
+        removes = f"abs(coalesce(sample_aspect_ratio, 1) - 1) > {SQUARE_TOLERANCE!r}"
+        yield _flag("square_pixels", "sample_aspect_ratio", removes, "pixels that are not square")
     if rules.even_fps:
         yield _flag("even_fps", "variable_fps", "coalesce(variable_fps, false)", "variable frame rate")
     if rules.banned_profiles:

@@ -1,7 +1,8 @@
 """Cuts files into shots: scene changes, black borders, pieces of at most 8 seconds, as frame ranges or as new files.
 
 Every piece becomes a row, also the ones that are too short: `filter` removes those, so that the report can count them. Ranges cost nothing
-and are what training reads by default; new files are for sources that are slow to seek, stored turned, or far larger than needed.
+and are what training reads by default; new files are for sources that are slow to seek, stored turned or with pixels that are not square,
+or far larger than needed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megasora.curation.frames import DamagedClipError, FilterGraph, SmallFrames,
 from megasora.curation.pool import Row
 from megasora.curation.settings import Limits, ShotsSettings
 from megasora.curation.tables import OnProgress, Stage, Summary, clip_schema, run_over_table, with_columns
+from megasora.media.display import OddTurnError, is_square, swaps_sides, upright_filters
 
 _SMALL_PX = 256
 """Long side of the frames cuts are looked for in (PySceneDetect works at about this width)."""
@@ -205,8 +207,8 @@ def _reencoded(shot: Row, settings: ShotsSettings, folder: Path) -> Row:
     path.parent.mkdir(exist_ok=True)
     try:
         frames, height, width, fps = _encode(shot, path, settings)
-    except DamagedClipError as damage:
-        return {**shot, "error": str(damage)}
+    except (DamagedClipError, OddTurnError) as error:
+        return {**shot, "error": str(error)}
     return {
         **shot,
         "path": str(path),
@@ -219,13 +221,10 @@ def _reencoded(shot: Row, settings: ShotsSettings, folder: Path) -> Row:
         "aspect_ratio": height / width,
         "resolution": height * width,
         "rotation": 0,
+        "sample_aspect_ratio": 1.0,
         "variable_fps": False,
         **dict.fromkeys(("crop_x", "crop_y", "crop_w", "crop_h")),
     }
-
-
-_TURN = {90: "cclock", 270: "clock", -90: "clock", -270: "cclock"}
-"""FFmpeg's transpose that undoes a rotation (frame.rotation counts counter-clockwise)."""
 
 
 def _encode(shot: Row, path: Path, settings: ShotsSettings) -> tuple[int, int, int, float]:
@@ -242,7 +241,7 @@ def _encode(shot: Row, path: Path, settings: ShotsSettings) -> tuple[int, int, i
                 if (number - span.start) % stride:
                     continue
                 if graph is None:
-                    graph, width, height = _shape_graph(frame, span, int(shot["rotation"] or 0), settings.max_long_side)
+                    graph, width, height = _shape_graph(frame, span, float(shot["sample_aspect_ratio"]), settings.max_long_side)
                     stream = container.add_stream(
                         "libx264", rate=rate, options={"crf": str(settings.crf), "preset": "fast", "threads": "1"}
                     )
@@ -257,18 +256,18 @@ def _encode(shot: Row, path: Path, settings: ShotsSettings) -> tuple[int, int, i
     return count, stream.height, stream.width, float(rate)
 
 
-def _shape_graph(frame: av.VideoFrame, span: Span, rotation: int, long_side: int) -> tuple[av.filter.Graph, int, int]:
-    """(graph that crops, turns upright and scales, width, height)."""
-    _, _, width, height = span.crop or (0, 0, frame.width, frame.height)
+def _shape_graph(frame: av.VideoFrame, span: Span, aspect: float, long_side: int) -> tuple[av.filter.Graph, int, int]:
+    """(graph that crops, turns upright, makes pixels of this aspect square and scales, width, height)."""
+    _, _, stored_width, height = span.crop or (0, 0, frame.width, frame.height)
+    width = stored_width if is_square(aspect) else stored_width * aspect
     graph = av.filter.Graph()
     chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)]
     if span.crop:
-        chain.append(graph.add("crop", f"{width}:{height}:{span.crop[0]}:{span.crop[1]}:exact=1"))
-    if rotation % 180:
-        chain.append(graph.add("transpose", _TURN[rotation]))
+        chain.append(graph.add("crop", f"{stored_width}:{height}:{span.crop[0]}:{span.crop[1]}:exact=1"))
+    turn = upright_filters(frame)
+    chain += [graph.add(name, arguments) for name, arguments in turn]
+    if swaps_sides(turn):
         width, height = height, width
-    elif rotation % 360:
-        chain += [graph.add("hflip"), graph.add("vflip")]
     scale = min(1.0, long_side / max(width, height))
     width, height = (max(2, round(edge * scale / 2) * 2) for edge in (width, height))
     chain += [graph.add("scale", f"{width}:{height}:flags=bicubic"), graph.add("format", "yuv420p"), graph.add("buffersink")]

@@ -27,7 +27,7 @@ Decoded = Tensor | DecodeError
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
-    """Frames start, start + stride, ... of a file, at a size."""
+    """Frames start, start + stride, ... of a file, at a size, as they are to be shown: upright, with square pixels."""
 
     path: str
     start: int
@@ -36,7 +36,7 @@ class DecodeRequest:
     height: int
     width: int
     crop: tuple[int, int, int, int] | None = None
-    """(x, y, width, height) in source pixels, cut first; then resize to cover and cut the centre."""
+    """(x, y, width, height) in pixels as stored, cut first; then turn upright, resize to cover and cut the centre."""
 
 
 class Decoder(Protocol):
@@ -86,7 +86,7 @@ def normalise(pixels: UInt8[Tensor, "3 frames height width"]) -> Float[Tensor, "
     return pixels.float().div_(127.5).sub_(1.0)
 
 
-def covering_size(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+def covering_size(source: tuple[float, float], target: tuple[int, int]) -> tuple[int, int]:
     """Smallest (height, width) with the source's aspect that covers the target."""
     scale = max(target[0] / source[0], target[1] / source[1])
     return max(target[0], round(source[0] * scale)), max(target[1], round(source[1] * scale))

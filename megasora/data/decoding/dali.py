@@ -98,7 +98,10 @@ class DaliDecoder:
         return self.num_threads
 
     def decodes(self, facts: VideoFacts) -> bool:
-        """Whether this device decodes such a file."""
+        """Whether this device decodes such a file as it is to be shown: DALI neither turns pictures nor makes pixels square."""
+        return facts.shown_as_stored and self._has_codec(facts)
+
+    def _has_codec(self, facts: VideoFacts) -> bool:
         if self.device_id is None:
             return facts.codec in CPU_CODECS
         return gpu_decodes(facts, capability=torch.cuda.get_device_capability(self.device_id))
@@ -134,6 +137,12 @@ class DaliDecoder:
     def _load(self, request: DecodeRequest) -> _Sample | DecodeError:
         try:
             facts = video_facts(request.path, timeout_s=self.timeout_s)
+            if not facts.shown_as_stored:
+                how = "turned" if facts.turned else f"with pixels {facts.pixel_aspect:.3g} times as wide as high"
+                raise DecodeError(
+                    f"{request.path}: it is to be shown {how}, which DALI does not do; "
+                    "use --data.decoder pyav or mixed, or re-encode it with megasora data shots --clips"
+                )
             if not self.decodes(facts):
                 where = "this GPU" if self.on_gpu else f"the CPU, where it has {', '.join(CPU_CODECS)}"
                 raise DecodeError(
@@ -195,7 +204,7 @@ class DaliDecoder:
 
 
 class MixedDecoder:
-    """DALI for the files whose codec it decodes on this device, PyAV for all others.
+    """DALI for the files that it decodes on this device as they are to be shown, PyAV for all others.
 
     Args:
         dali: the first choice.

@@ -46,6 +46,7 @@ def row(name: str, **changes: Any) -> dict[str, Any]:
     good = {
         "id": name, "path": f"/clips/{name}.mp4", "text": "a caption", "media": "video", "codec": "h264", "profile": "High",
         "pix_fmt": "yuv420p", "file_bytes": 10**6, "duration_s": 4.0, "num_frames": 96, "height": 720, "width": 1280, "rotation": 0,
+        "sample_aspect_ratio": 1.0,
         "aspect_ratio": 0.5625, "resolution": 720 * 1280, "fps": 24.0, "bits_per_pixel": 0.1, "variable_fps": False, "error": "",
         "source_id": name, "start_frame": 0, "end_frame": 96, "crop_x": None, "crop_y": None, "crop_w": None, "crop_h": None,
         "vmaf_motion": 4.0, "blur_laplacian": 200.0, "blur_ffmpeg": 5.0, "brightness": 0.5, "dark_share": 0.05, "bright_share": 0.02,
@@ -74,6 +75,10 @@ def judged(tmp_path: Path, rows: list[dict[str, Any]], rules: FilterRules = STAG
         ({}, None),
         ({"error": "truncated", "fps": None, "vmaf_motion": None}, "broken"),
         ({"rotation": 90}, "upright"),
+        ({"sample_aspect_ratio": 12 / 11}, "square_pixels"),
+        ({"sample_aspect_ratio": 0.98}, "square_pixels"),
+        ({"sample_aspect_ratio": 1.009}, None),
+        ({"sample_aspect_ratio": 0.991}, None),
         ({"profile": "Constrained Baseline"}, "banned_profiles"),
         ({"profile": None}, None),
         ({"duration_s": 1.99}, "min_duration_s"),
