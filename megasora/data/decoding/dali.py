@@ -110,16 +110,16 @@ class DaliDecoder:
         """See `Decoder.decode`; files that this device does not decode are refused."""
         return normalise(self.pixels(request))
 
-    def pixels(self, request: DecodeRequest) -> Tensor:
-        """See `Decoder.pixels`."""
-        (result,) = self.pixels_many([request])
+    def pixels(self, request: DecodeRequest, *, facts: VideoFacts | None = None) -> Tensor:
+        """See `Decoder.pixels`; facts of the file, when they are known already."""
+        (result,) = self.pixels_many([request], facts=[facts])
         if isinstance(result, DecodeError):
             raise result
         return result
 
-    def pixels_many(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
-        """See `BatchDecoder.pixels_many`."""
-        loaded = [self._load(request) for request in requests]
+    def pixels_many(self, requests: Sequence[DecodeRequest], *, facts: Sequence[VideoFacts | None] | None = None) -> list[Decoded]:
+        """See `BatchDecoder.pixels_many`; facts of the files, as far as they are known already."""
+        loaded = [self._load(request, known) for request, known in zip(requests, facts or [None] * len(requests), strict=True)]
         results: list[Decoded] = [sample if isinstance(sample, DecodeError) else DecodeError("not run") for sample in loaded]
         batch: list[tuple[int, _Sample]] = []
         for place, sample in enumerate(loaded):
@@ -134,9 +134,9 @@ class DaliDecoder:
             self._run_into(results, batch)
         return results
 
-    def _load(self, request: DecodeRequest) -> _Sample | DecodeError:
+    def _load(self, request: DecodeRequest, facts: VideoFacts | None) -> _Sample | DecodeError:
         try:
-            facts = video_facts(request.path, timeout_s=self.timeout_s)
+            facts = facts or video_facts(request.path, timeout_s=self.timeout_s)
             if not facts.shown_as_stored:
                 how = "turned" if facts.turned else f"with pixels {facts.pixel_aspect:.3g} times as wide as high"
                 raise DecodeError(
@@ -226,30 +226,34 @@ class MixedDecoder:
 
     def decode(self, request: DecodeRequest) -> Tensor:
         """See `Decoder.decode`."""
-        return self.dali.decode(request) if self._for_dali(request) else self.pyav.decode(request)
+        facts = self._facts(request)
+        return normalise(self.dali.pixels(request, facts=facts)) if self.dali.decodes(facts) else self.pyav.decode(request)
 
     def pixels(self, request: DecodeRequest) -> Tensor:
         """See `Decoder.pixels`."""
-        return self.dali.pixels(request) if self._for_dali(request) else self.pyav.pixels(request)
+        facts = self._facts(request)
+        return self.dali.pixels(request, facts=facts) if self.dali.decodes(facts) else self.pyav.pixels(request)
 
     def pixels_many(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
         """See `BatchDecoder.pixels_many`."""
         results: list[Decoded] = [DecodeError("not run")] * len(requests)
-        for_dali: list[int] = []
+        for_dali: dict[int, VideoFacts] = {}
         for place, request in enumerate(requests):
             try:
-                if self._for_dali(request):
-                    for_dali.append(place)
+                facts = self._facts(request)
+                if self.dali.decodes(facts):
+                    for_dali[place] = facts
                 else:
                     results[place] = self.pyav.pixels(request)
             except DecodeError as error:
                 results[place] = error
-        for place, result in zip(for_dali, self.dali.pixels_many([requests[place] for place in for_dali]), strict=True):
+        by_dali = self.dali.pixels_many([requests[place] for place in for_dali], facts=list(for_dali.values()))
+        for place, result in zip(for_dali, by_dali, strict=True):
             results[place] = result
         return results
 
-    def _for_dali(self, request: DecodeRequest) -> bool:
-        return self.dali.decodes(video_facts(request.path, timeout_s=self.dali.timeout_s))
+    def _facts(self, request: DecodeRequest) -> VideoFacts:
+        return video_facts(request.path, timeout_s=self.dali.timeout_s)
 
 
 def gpu_decodes(facts: VideoFacts, *, capability: tuple[int, int]) -> bool:

@@ -69,7 +69,7 @@ def test_the_command_prints_only_json(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["pack-stats"], "usage"),
+        (["pack-stats"], "needs MANIFEST, --dp"),
         (["pack-stats", "none.csv", "--dp", "4"], "cannot read manifest"),
         (["pack-stats", "m.csv", "--dp", "0"], "positive"),
         (["pack-stats", "m.csv"], "--dp"),

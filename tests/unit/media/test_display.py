@@ -14,7 +14,8 @@ from megasora.curation.frames import Span, full_bgr, read_frames
 from megasora.curation.probe import clip_id, probe_row
 from megasora.curation.settings import ShotsSettings
 from megasora.curation.shots import cut_row
-from megasora.data.decoding.contract import DecodeError, DecodeRequest
+from megasora.data.decoding import dali as dali_module
+from megasora.data.decoding.contract import DecodeError, DecodeRequest, normalise
 from megasora.data.decoding.dali import DaliDecoder, MixedDecoder
 from megasora.data.decoding.pyav import PyAVDecoder, video_facts
 from megasora.media.display import is_square
@@ -153,6 +154,16 @@ def test_dali_refuses_what_it_would_show_wrong_and_mixed_gives_it_to_pyav(tmp_pa
     assert [mixed.dali.decodes(video_facts(one.path)) for one in requests] == [False, False, True, True]
     for one, result in zip(requests[:2], mixed.pixels_many(requests), strict=False):
         assert isinstance(result, torch.Tensor) and torch.equal(result, PyAVDecoder().pixels(one))
+
+
+def test_mixed_looks_at_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(dali_module, "video_facts", lambda path, **known: (looked.append(path), video_facts(path, **known))[1])
+    mixed = MixedDecoder(dali=DaliDecoder(device=torch.device("cpu")), pyav=PyAVDecoder())
+    path = make(tmp_path / "plain.webm", quarters(STORED), codec="libvpx-vp9")
+    wanted = request(path, height=48, width=64)
+    assert isinstance(mixed.pixels_many([wanted])[0], torch.Tensor) and looked == [path]
+    assert torch.equal(mixed.decode(wanted), normalise(mixed.pixels(wanted))) and looked == [path] * 3
 
 
 @pytest.mark.parametrize(("aspect", "square"), [(1.0, True), (1281 / 1280, True), (0.991, True), (1.011, False), (12 / 11, False)])
