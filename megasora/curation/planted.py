@@ -87,6 +87,8 @@ def _contents(first: Pictures, second: Pictures) -> Iterator[_Plan]:
     yield "slow.mp4", "min_fps", "12 frames a second", lambda p: write_clip(p, first[::2], fps=12)
     yield "squeezed.mp4", "min_bits_per_pixel", "0.01 bits per pixel", lambda p: write_clip(p, first, options={"crf": "48"})
     yield "baseline.mp4", "banned_profiles", "Constrained Baseline", lambda p: write_clip(p, first, options={"profile": "baseline"})
+    yield "turned.mp4", "upright", "to be shown turned by 90 degrees", lambda p: write_clip(p, first, turn=90)
+    yield "anamorphic.mp4", "square_pixels", "pixels 16:11", lambda p: write_clip(p, first, aspect=Fraction(16, 11))
     yield "wide.mp4", "max_aspect", "4:1", lambda p: write_clip(p, [f[:128] for f in first])
     yield "tall.mp4", "max_aspect", "1:4", lambda p: write_clip(p, [np.ascontiguousarray(np.rot90(f[:128])) for f in first])
     yield (
@@ -156,9 +158,26 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def write_clip(
-    path: Path, pictures: Sequence[NDArray[np.uint8]], *, fps: float = FPS, codec: str = "libx264", options: dict[str, str] | None = None
+    path: Path,
+    pictures: Sequence[NDArray[np.uint8]],
+    *,
+    fps: float = FPS,
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+    aspect: Fraction = Fraction(1),
+    turn: float = 0.0,
 ) -> None:
-    """Encode BGR pictures; sides are cut to even numbers."""
+    """Encode BGR pictures; sides are cut to even numbers.
+
+    Args:
+        path: by its ending, the container.
+        pictures: as stored.
+        fps: frames per second.
+        codec: FFmpeg's name of an encoder.
+        options: its options, and movflags.
+        aspect: width of a pixel / its height, as the file says.
+        turn: degrees counter-clockwise by which the file asks to be turned.
+    """
     container_options = {name: value for name, value in (options or {}).items() if name == "movflags"}
     codec_options = {name: value for name, value in (options or {}).items() if name != "movflags"}
     if codec == "libvpx-vp9":
@@ -169,6 +188,10 @@ def write_clip(
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={"threads": "1", **codec_options})
         stream.height, stream.width = (side // 2 * 2 for side in pictures[0].shape[:2])
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        if aspect != 1:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if turn:
+            stream.set_display_rotation(turn)
         for picture in pictures:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[: stream.height, : stream.width]), format="bgr24")
             container.mux(stream.encode(frame))
