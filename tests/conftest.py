@@ -11,7 +11,7 @@ from tests.pool import RankPool
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
-    """Eight gloo ranks, started by the first test that needs them."""
+    """Up to eight gloo ranks, started by the first test that needs them."""
     ranks = RankPool()
     yield ranks
     ranks.close()

@@ -1,4 +1,5 @@
-"""A persistent pool of gloo ranks: importing torch and Megatron costs seconds, so processes are started once per session.
+"""A persistent pool of gloo ranks: importing torch and Megatron costs seconds, so processes are started once per session, when a job first
+needs them.
 
 `pool.run(n, function, *args)` runs `function(rank, *args)` on ranks 0..n-1 as a world of n and returns their results in rank order.
 `function` is a module-level function of a test module; results and arguments are pickled over pipes.
@@ -70,29 +71,33 @@ class RankPool:
     """Ranks that wait for jobs.
 
     Args:
-        size: ranks.
+        size: the most ranks; they start when a job needs them.
         timeout_s: for a job.
         prepare: module-level function that each rank calls before Megatron is imported.
     """
 
     def __init__(self, size: int = POOL_SIZE, *, timeout_s: float = TIMEOUT_S, prepare: Callable[[], None] | None = None) -> None:
-        context = mp.get_context("spawn")
         self.size = size
         self.timeout_s = timeout_s
+        self._prepare = None if prepare is None else (prepare.__module__, prepare.__qualname__)
         self._folder = tempfile.TemporaryDirectory(prefix="megasora-pool-")
         self._jobs = 0
         self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(size):
+        self._processes: list[Any] = []
+
+    def _start(self, world_size: int) -> None:
+        """Start the ranks that are not there yet."""
+        context = mp.get_context("spawn")
+        started = range(len(self._pipes), world_size)
+        for rank in started:
             ours, theirs = context.Pipe()
             # not daemonic: Megatron's checkpoint writer starts processes of its own
-            name = None if prepare is None else (prepare.__module__, prepare.__qualname__)
-            process = context.Process(target=_serve, args=(rank, theirs, list(sys.path), name), daemon=False)
+            process = context.Process(target=_serve, args=(rank, theirs, list(sys.path), self._prepare), daemon=False)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
-        for pipe in self._pipes:
-            assert pipe.recv() == "ready"
+        for rank in started:
+            assert self._pipes[rank].recv() == "ready"
 
     def run(self, world_size: int, function: Callable[..., Any], *args: object) -> list[Any]:
         """Results of `function(rank, *args)` on each rank.
@@ -100,6 +105,8 @@ class RankPool:
         Raises:
             RankFailedError: a rank raised or did not answer in time; the pool cannot be used afterwards if others hang.
         """
+        assert world_size <= self.size, f"the pool has at most {self.size} ranks"
+        self._start(world_size)
         self._jobs += 1
         store = os.path.join(self._folder.name, f"store{self._jobs}")
         for pipe in self._pipes[:world_size]:

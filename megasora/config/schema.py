@@ -250,7 +250,7 @@ class OptimizerConfig:
     eps: float = 1e-15
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices; biases and norm scales are not decayed (as Megatron groups them)."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     ema_decay: float = 0.9999

@@ -55,8 +55,8 @@ def sync_parameters(wrapped: Sequence[DistributedDataParallel], *, parallel: Par
 def build_optimizer(
     wrapped: Sequence[DistributedDataParallel], *, optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """Megatron's distributed Adam over the wrapped chunks."""
-    return get_megatron_optimizer(
+    """Megatron's distributed Adam over the wrapped chunks; biases and norm scales are not decayed."""
+    built = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=optimizer.lr,
@@ -73,6 +73,9 @@ def build_optimizer(
         list(wrapped),
         use_gloo_process_groups=False,  # they gather checkpoints in host memory; ours are written as rectangles, in place
     )
+    for group in built.param_groups:  # Megatron leaves the factor of a group (0 for what has one dim) to its scheduler, which we do not use
+        group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
+    return built
 
 
 def learning_rate(step: int, *, config: OptimizerConfig) -> float:

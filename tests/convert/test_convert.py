@@ -26,9 +26,11 @@ from megasora.checkpoint.convert import convert, units_of
 from megasora.checkpoint.export import export_weights
 from megasora.checkpoint.formats.mapping import compose, read_segments, shapes_in
 from megasora.checkpoint.formats.rules import FORMATS, Format
+from megasora.checkpoint.outputs import SafetensorsOutput, shards_of
 from megasora.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
 from megasora.checkpoint.source import open_source
-from megasora.checkpoint.tensors import StateDictReader, as_torch
+from megasora.checkpoint.tensors import StateDictReader, TensorInfo, as_torch
+from megasora.checkpoint.verify import verify
 from megasora.config.errors import UserError
 from megasora.config.schema import ModelConfig
 from tests.convert.models import DC_AE, DEV, SCHNELL, V2, foreign, random_weights, write_weights
@@ -180,6 +182,26 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_nothing_is_journaled_that_may_not_be_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(output: SafetensorsOutput, worker: int) -> None:
+        raise OSError("the disk is gone")
+
+    write_weights(tmp_path / "w.safetensors", "flux", DEV)
+    plan = plan_conversion(open_source(tmp_path / "w.safetensors", axes_dim=DEV.axes_dim), "opensora")
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsOutput, "sync", fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            convert(plan, tmp_path / "t.safetensors", options={})
+    journal = (tmp_path / ".t.safetensors.partial" / "journal.jsonl").read_text().splitlines()
+    assert [list(json.loads(line)) for line in journal] == [["identity"]]
+
+
+def test_shards_are_filled_in_order_and_never_too_full() -> None:
+    infos = {name: TensorInfo(dtype="U8", shape=(size,)) for name, size in zip("abcdef", (4, 6, 1, 12, 3, 7), strict=True)}
+    # at most 10 bytes; d alone is larger
+    assert shards_of(infos, shard_bytes=10) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+
+
 def test_another_plan_starts_over(tmp_path: Path) -> None:
     source, target = tmp_path / "source.safetensors", tmp_path / "t.safetensors"
     write_weights(source, "flux", DEV)
@@ -292,6 +314,18 @@ def test_the_proof_notices_one_wrong_bit(tmp_path: Path) -> None:
     manifest.write_text(json.dumps(facts))
     with pytest.raises(UserError, match="come back bit for bit"):
         export_weights(tmp_path / "w.safetensors", target, target_format="opensora", prove=True)
+
+
+def test_the_proof_needs_the_same_source_and_flags(tmp_path: Path) -> None:
+    source, target = tmp_path / "w.safetensors", tmp_path / "o.safetensors"
+    write_weights(source, "flux", DEV)
+    convert(plan_conversion(open_source(source, axes_dim=DEV.axes_dim), "opensora"), target, options={"dtype": None})
+    with pytest.raises(UserError, match="was made with {'dtype': None}, not {'dtype': 'bf16'}"):
+        verify(target, plan=None, options={"dtype": "bf16"})
+    write_weights(source, "flux", DEV, seed=1)
+    plan = plan_conversion(open_source(source, axes_dim=DEV.axes_dim), "opensora")
+    with pytest.raises(UserError, match="come back bit for bit"):
+        verify(target, plan=plan, options={"dtype": None})
 
 
 def test_the_proof_needs_only_the_manifest_when_the_source_is_gone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def test_differences_are_found_in_any_pair_of_formats(tmp_path: Path) -> None:
     worst = result.tensors[0]
     assert (worst.key, worst.max_abs) == ("img_in.bias", 0.5)
     assert compare(tmp_path / "a.safetensors", tmp_path / "c.safetensors", rtol=0.5).equal
+
+
+def test_a_missing_tensor_and_a_nan_are_differences(tmp_path: Path) -> None:
+    whole, less, broken = (tmp_path / f"{name}.safetensors" for name in ("whole", "less", "broken"))
+    write_safetensors(whole, {"a": torch.tensor([1.0, 2.0]), "b": torch.ones(1)}, metadata={})
+    write_safetensors(less, {"a": torch.tensor([1.0, 2.0])}, metadata={})
+    write_safetensors(broken, {"a": torch.tensor([1.0, math.nan]), "b": torch.ones(1)}, metadata={})
+    assert not compare(whole, less).equal and not compare(less, whole).equal
+    for pair in ((whole, broken), (broken, whole)):
+        result = compare(*pair, rtol=0.5)
+        assert not result.equal and result.tensors[0].max_abs == math.inf
+    write_safetensors(less, {"a": torch.tensor([1.0, 2.5]), "b": torch.ones(1)}, metadata={})
+    # 0.5 over the largest value of the second, 2.5
+    assert [compare(whole, less, rtol=rtol).equal for rtol in (0.21, 0.19)] == [True, False]
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from megasora.checkpoint.export import export_weights
-from megasora.checkpoint.megatron_io import BadCheckpointError, MegatronReader
+from megasora.checkpoint.megatron_io import BadCheckpointError, MegatronReader, read_contents
 from megasora.checkpoint.safetensors_io import BadFileError, SafetensorsReader, write_safetensors
 from megasora.checkpoint.source import open_source
 from megasora.config.errors import UserError
@@ -145,6 +146,36 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpointError, match="it names pathlib"):
         open_source(tmp_path / "m")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("function", [torch.load, torch.hub.load, torch.Tensor.share_memory_, os.system])
+def test_a_global_outside_the_table_is_refused_whoever_owns_it(tmp_path: Path, function: Callable[..., Any]) -> None:
+    write_weights(tmp_path / "w.safetensors", "flux", DEV)
+    export_weights(tmp_path / "w.safetensors", tmp_path / "m", target_format="megasora")
+    (tmp_path / "m" / ".metadata").write_bytes(pickle.dumps(function))
+    with pytest.raises(BadCheckpointError, match="which a checkpoint has no use for"):
+        read_contents(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", ""])
+def test_a_piece_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    write_weights(tmp_path / "w.safetensors", "flux", DEV)
+    export_weights(tmp_path / "w.safetensors", tmp_path / "m", target_format="megasora")
+    path = tmp_path / "m" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())  # our own file
+    for place in metadata.storage_data.values():
+        place.relative_path = name
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(BadCheckpointError, match="points outside the folder"):
+        read_contents(tmp_path / "m")
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    tensors = write_weights(tmp_path / "w.safetensors", "flux", DEV)
+    tensors["img_in.bias"] = torch.cat([tensors["img_in.bias"]] * 2)
+    write_safetensors(tmp_path / "w.safetensors", tensors, metadata={})
+    with pytest.raises(UserError, match=r"img_in.bias has shape \(64,\), expected \(32,\)"):
+        open_source(tmp_path / "w.safetensors", axes_dim=DEV.axes_dim)
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:

@@ -52,10 +52,75 @@ def blamed(config: RunConfig, *, world_size: int = 8) -> list[str]:
         ("train", {"steps": 0}, "train.steps"),
         ("sample", {"height": 60}, "sample.height"),
         ("sample", {"num_frames": 16}, "sample.num_frames"),
+        ("parallel", {"tensor_model_parallel_size": 16}, "parallel.tensor_model_parallel_size"),  # 8 heads
+        ("parallel", {"context_parallel_backend": "ulysses_ring", "context_parallel_size": 2, "ulysses_size": 3}, "parallel.ulysses_size"),
+        ("parallel", {"recompute_double_blocks": 1}, "parallel.recompute"),
+        ("model", {"num_double_blocks": -1}, "model.num_double_blocks"),
+        ("model", {"cond_embed": False}, "condition"),  # tiny draws i2v_head
+        ("model", {"hidden_size": 132}, "model.hidden_size"),
+        ("data", {"num_microbatches": 0}, "data.num_microbatches"),
+        ("data", {"frame_counts": ()}, "data.frame_counts"),
+        ("data", {"dropout_clip": -0.1}, "data.dropout_clip"),
+        ("data", {"global_tokens": 0}, "data.global_tokens"),
+        ("data", {"decode_timeout_s": 0.0}, "data.decode_timeout_s"),
+        ("data", {"max_pack_tokens": 0}, "data.max_pack_tokens"),
+        ("data", {"image_weight": 1001.0}, "data.image_weight"),
+        ("data", {"video_weight": -1.0}, "data.video_weight"),
+        ("data", {"resolution_mix": (("256px", 0.0),)}, "data.resolution_mix"),
+        ("data", {"resolution_mix": (("256px", 2.0), ("768px", -1.0))}, "data.resolution_mix"),
+        ("data", {"resolution_mix": (("256px", 1.0), ("256px", 2.0))}, "data.resolution_mix"),
+        ("optimizer", {"beta1": -0.1}, "optimizer.beta1"),
+        ("optimizer", {"eps": 0.0}, "optimizer.eps"),
+        ("optimizer", {"ema_decay": 1.0}, "optimizer.ema_decay"),
+        ("optimizer", {"clip_grad": -1.0}, "optimizer.clip_grad"),
+        ("checkpoint", {"interval_steps": -1}, "checkpoint.interval_steps"),
+        ("flow", {"sigma_min": 1.0}, "flow.sigma_min"),
+        ("evaluation", {"sample_interval_steps": 5, "sample_prompts": ()}, "evaluation.sample_prompts"),
+        ("sample", {"width": 8}, "sample.width"),
     ],
 )
 def test_one_wrong_value_blames_its_own_field_only(section: str, values: dict[str, Any], field: str) -> None:
     assert blamed(changed(section, **values), world_size=16) == [field]
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("data", {"image_weight": 1000.0, "video_weight": 0.0}),
+        ("data", {"resolution_mix": (("256px", 1.0), ("768px", 0.0))}),
+        ("data", {"dropout_t5": 0.0, "dropout_clip": 1.0}),
+        ("optimizer", {"ema_decay": 0.0, "clip_grad": 0.0, "beta1": 0.0}),
+        ("flow", {"sigma_min": 0.0}),
+        ("sample", {"num_frames": 1}),
+    ],
+)
+def test_the_ends_of_a_range_are_allowed(section: str, values: dict[str, Any]) -> None:
+    assert blamed(changed(section, **values)) == []
+
+
+def test_interleaving_takes_multiples_of_the_pipeline() -> None:
+    config = changed("parallel", pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    for microbatches, wrong in ((3, ["data.num_microbatches"]), (4, [])):
+        assert blamed(replace(config, data=replace(config.data, num_microbatches=microbatches))) == wrong
+
+
+def test_tp_must_divide_the_feed_forward_layer() -> None:
+    config = changed("parallel", tensor_model_parallel_size=8)
+    assert blamed(replace(config, model=replace(config.model, ffn_hidden_size=516))) == ["model.ffn_hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ({"fp8": "tensorwise"}, []),
+        ({"fp8": "tensorwise", "dtype": "fp32"}, ["precision.fp8"]),
+        ({"fp8": "tensorwise", "provider": "local"}, ["precision.fp8"]),
+        ({"fp8": "mxfp8"}, ["precision.fp8"]),
+    ],
+)
+def test_fp8_needs_bf16_transformer_engine_and_a_format_of_hopper(values: dict[str, Any], wrong: list[str]) -> None:
+    config = replace(recipes.get("tiny"), device="cuda")
+    assert blamed(replace(config, precision=replace(config.precision, **{"dtype": "bf16", **values}))) == wrong
 
 
 def test_ulysses_needs_the_heads_of_a_tp_rank() -> None:

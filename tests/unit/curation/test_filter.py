@@ -314,3 +314,34 @@ def test_the_command_takes_a_stage_and_overrides(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main([*arguments[:5], "--stage", "512px"])
     assert "--stage '512px' is not one of 256px, 256px_i2v, 768px" in capsys.readouterr().err
+
+
+def test_frames_match_up_to_the_distance_and_most_must() -> None:
+    bits = np.isin(np.arange(256), np.arange(128)).astype(np.uint8)
+
+    def flipped(count: int) -> np.ndarray:
+        return np.packbits(np.r_[1 - bits[:count], bits[count:]])
+
+    def stays(*clips: list[np.ndarray]) -> list[int]:
+        lengths = np.array([len(clip) for clip in clips])
+        return duplicate_of(
+            np.stack([frame for clip in clips for frame in clip]), lengths, -np.arange(len(clips), dtype=float), bits=31
+        ).tolist()
+
+    assert stays([flipped(0)], [flipped(31)]) == [0, 0]
+    assert stays([flipped(0)], [flipped(32)]) == [0, 1]
+    other = np.frombuffer(digest(3), np.uint8)
+    far = np.frombuffer(digest(4), np.uint8)
+    assert stays([flipped(0), other], [flipped(0), far]) == [0, 1]  # one of two is not most
+    assert stays([flipped(0), other], [flipped(0), flipped(1), far]) == [0, 1]  # one frame with two matches counts once
+
+
+def test_of_equal_pictures_the_larger_then_the_richer_stays(tmp_path: Path) -> None:
+    hashes = [digest(k) for k in range(5)]
+    rows = [
+        row("rich but small", frame_hashes=hashes, resolution=360 * 640, bits_per_pixel=0.9),
+        row("large", frame_hashes=hashes, resolution=720 * 1280, bits_per_pixel=0.1),
+        row("large and rich", frame_hashes=hashes, resolution=720 * 1280, bits_per_pixel=0.2),
+    ]
+    gone = {"rich but small": "duplicate_bits", "large": "duplicate_bits", "large and rich": None}
+    assert judged(tmp_path, rows) == gone

@@ -25,6 +25,16 @@ def test_philox_gives_the_published_vectors(word: int, key: int, expected: str) 
     assert " ".join(f"{int(x):08x}" for x in philox4x32((counter,) * 4, key=key)) == expected
 
 
+def test_two_normals_of_a_block_are_box_mullers() -> None:
+    # the published block of counter 0 and key 0: two 53-bit uniforms, u = (bits + 1/2) / 2^53
+    a, b, c, d = 0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8
+    u, v = (((high << 21 | low >> 11) + 0.5) / 2**53 for high, low in ((a, b), (c, d)))
+    radius, angle = math.sqrt(-2 * math.log(u)), 2 * math.pi * v
+    found = normal_at(torch.arange(2), key=0, dtype=torch.float64).tolist()
+    assert found == pytest.approx([radius * math.cos(angle), radius * math.sin(angle)], rel=1e-12)
+    assert uniform_at(torch.tensor([0]), key=0).item() == u
+
+
 def test_any_slice_of_noise_is_the_same_noise() -> None:
     key = key_of(seed=1, stream=Stream.NOISE, epoch=2, sample=3, step=4)
     whole = normal_at(torch.arange(10_000), key=key)
@@ -67,6 +77,9 @@ def test_shift_has_the_published_values(latent: tuple[int, int, int], expected: 
 def test_times_are_shifted_toward_noise() -> None:
     assert shift_time(0.5, shift=3.0) == 0.75
     assert training_time(0.0, shift=1.0) == 0.5
+    # sigmoid(log 3) = 3/4, and 3 x 3/4 / (1 + 2 x 3/4) = 9/10
+    assert training_time(math.log(3), shift=1.0) == pytest.approx(0.75)
+    assert training_time(math.log(3), shift=3.0) == pytest.approx(0.9)
     assert sampling_times(2, shift=3.0) == [1.0, 0.75, 0.0]
 
 

@@ -60,6 +60,14 @@ def test_the_published_16_9_shape_is_padded_once_at_the_end() -> None:
     assert pack.attention_order(range(8)).lengths == (8828, 4)
 
 
+def test_streams_are_padded_to_equal_runs_of_whole_row_blocks() -> None:
+    # TP 2 x CP 2 x 16 rows: multiples of 64
+    split = PackSplit(tp=2, cp=2, row_multiple=16)
+    assert [split.padded(tokens) for tokens in (1, 64, 65)] == [64, 64, 128]
+    assert split.share_tokens([SampleShape(text_tokens=3, grid=(1, 5, 13))]) == (64 + 128) // 4
+    assert PackSplit(tp=2, cp=2).padded(65) == 68
+
+
 def test_join_and_split_streams_are_inverse_and_follow_the_joint_order() -> None:
     samples = [SampleShape(text_tokens=3, grid=(1, 2, 3))]
     pack = Pack(samples, split=PackSplit(tp=3))

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from megasora import recipes
 from megasora.config.errors import UserError
 from megasora.config.schema import EncodersConfig
+from megasora.diffusion.philox import normal_at
 from megasora.models.encoders.bundle import load_encoders
+from megasora.models.encoders.posterior import Posterior
 from megasora.models.encoders.tiny import make_tiny_encoders
 
 CAPTIONS = ["A rabbit in a meadow", "Colour bars that turn", "A man in a moving car"]
@@ -45,6 +47,26 @@ def test_a_given_frame_is_encoded_without_looking_ahead(config: EncodersConfig) 
     alone = vae.encode(clip[:, :1])
     assert torch.equal(alone, vae.encode(other[:, :1]))
     assert alone.shape == (16, 1, 4, 4)
+
+
+def test_latents_are_multiplied_at_encoding_and_divided_at_decoding(config: EncodersConfig) -> None:
+    # diffusers' convention: scaled = raw x scaling_factor, decode(scaled / scaling_factor)
+    vae = load_encoders(config, model=TINY.model, device=CPU).vae
+    clip = torch.rand(3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    raw = vae.posterior(clip).mean
+    assert abs(vae.scaling_factor - 1) > 0.1
+    assert torch.equal(vae.encode(clip), raw * vae.scaling_factor)
+    with torch.no_grad():
+        decoded = vae.vae.decode(raw[None]).sample[0]
+    torch.testing.assert_close(vae.decode(raw * vae.scaling_factor), decoded)
+
+
+def test_a_posterior_is_mean_plus_width_times_the_next_elements_of_its_draw() -> None:
+    posterior = Posterior(mean=torch.tensor([1.0, 2.0]).view(2, 1, 1, 1), std=torch.tensor([10.0, 100.0]).view(2, 1, 1, 1))
+    noise = torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
+    assert posterior.with_noise(noise).flatten().tolist() == [6.0, -98.0]
+    third, fourth = normal_at(torch.tensor([3, 4]), key=7).tolist()
+    assert posterior.sample(key=7, first_element=3).flatten().tolist() == pytest.approx([1 + 10 * third, 2 + 100 * fourth])
 
 
 def test_they_are_the_same_every_time(config: EncodersConfig, tmp_path: Path) -> None:
