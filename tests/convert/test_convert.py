@@ -202,15 +202,21 @@ def test_shards_are_filled_in_order_and_never_too_full() -> None:
     assert shards_of(infos, shard_bytes=10) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
 
 
-def test_another_plan_starts_over(tmp_path: Path) -> None:
+def test_another_plan_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tmp_path / "source.safetensors", tmp_path / "t.safetensors"
     write_weights(source, "flux", DEV)
+    monkeypatch.setattr(converting, "SYNC_BYTES", 1)
+    finished: list[int] = []
 
     def stop(num_bytes: int) -> None:
-        raise KeyboardInterrupt
+        finished.append(num_bytes)
+        if len(finished) == 20:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert(plan_conversion(open_source(source), "opensora"), target, options={}, on_progress=stop)
+    journal = tmp_path / ".t.safetensors.partial" / "journal.jsonl"
+    assert len(journal.read_text().splitlines()) > 10
     tensors = write_weights(source, "flux", DEV, seed=1)
     seen: list[int] = []
     convert(plan_conversion(open_source(source), "flux"), target, options={}, on_start=lambda done, _: seen.append(done))
@@ -314,6 +320,8 @@ def test_the_proof_notices_one_wrong_bit(tmp_path: Path) -> None:
     manifest.write_text(json.dumps(facts))
     with pytest.raises(UserError, match="come back bit for bit"):
         export_weights(tmp_path / "w.safetensors", target, target_format="opensora", prove=True)
+    with pytest.raises(UserError, match="come back bit for bit"):
+        verify(target, plan=None)  # also by the manifest's hashes alone
 
 
 def test_the_proof_needs_the_same_source_and_flags(tmp_path: Path) -> None:

@@ -83,6 +83,15 @@ def test_queries_of_a_fused_pair_follow_the_rotary_order(tmp_path: Path) -> None
     assert torch.allclose(made["single_blocks.1.v_mlp.weight"], delta[2 * h :])
 
 
+def test_a_change_is_alpha_over_rank_times_the_product(tmp_path: Path) -> None:
+    # 1.5 / 3 (Hu et al., arXiv 2106.09685, section 4.1)
+    tensors = kohya_adapter(tmp_path / "k.safetensors", alpha=1.5)
+    stem = "lora_unet_double_blocks_1_img_mod_lin"
+    expected = 0.5 * tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"]
+    made = updates(open_adapter(tmp_path / "k.safetensors", model=MODEL))
+    torch.testing.assert_close(made["double_blocks.1.img_mod.lin.weight"], expected)
+
+
 def test_split_pairs_of_different_inputs_are_stacked(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     stem = "transformer.single_transformer_blocks.0."

@@ -107,6 +107,11 @@ def test_weight_zero_equals_the_sample_not_being_there(pool: RankPool) -> None:
     assert max(relative_gaps(assemble([without]), with_zero).values()) < EXACT
 
 
+def test_every_parameter_has_a_part_in_the_loss(pool: RankPool) -> None:
+    _, gradients = reference(pool, Case())
+    assert [key for key, gradient in gradients.items() if not gradient.any()] == []
+
+
 @cache
 def _mistakes() -> dict[str, tuple[int, ParallelConfig]]:
     return {
