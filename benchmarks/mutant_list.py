@@ -340,17 +340,17 @@ _TRAINING = (
     ),
     Mutant(
         "latents divided by the scaling factor",
-        "megasora/training/feed.py",
-        "latent * self._source.scaling_factor",
-        "latent / self._source.scaling_factor",
+        "megasora/training/material.py",
+        "latent * scaling_factor",
+        "latent / scaling_factor",
         DRAWS,
     ),
-    Mutant("given frames take the clip's noise", "megasora/training/feed.py", "elements += latent.numel()", "elements += 0", DRAWS),
+    Mutant("given frames take the clip's noise", "megasora/training/material.py", "elements += latent.numel()", "elements += 0", DRAWS),
     Mutant("a pack's limit ignored", "megasora/training/feed.py", "max_tokens=data.max_pack_tokens", "max_tokens=None", DRAWS),
     Mutant("padding share turned round", "megasora/training/feed.py", "pad_share=1 - real / computed", "pad_share=real / computed", DRAWS),
     Mutant(
         "given frames from the head of the clip",
-        "megasora/training/samples.py",
+        "megasora/training/material.py",
         "self.video[:, run.start : run.start + run.count]",
         "self.video[:, : run.count]",
         DRAWS,
@@ -1048,8 +1048,8 @@ _DATA = (
     Mutant(
         "crop ignored when decoding",
         "megasora/data/decoding/pyav.py",
-        "if self._request.crop is None:",
-        "if True:",
+        "crop = self._request.crop\n",
+        "crop = None\n",
         LOADING,
     ),
     Mutant(
@@ -1106,8 +1106,10 @@ _DATA = (
         "(layout[name][0].itemsize, name)",
         SHARDS,
     ),
-    Mutant("array tasks dealt out one off", "megasora/training/encode.py", "own = range(task, plan", "own = range(task + 1, plan", CACHE),
-    Mutant("array's step ignored", "megasora/training/encode.py", "- first) // step", "- first)", CACHE),
+    Mutant(
+        "array tasks dealt out one off", "megasora/training/encode/run.py", "own = range(task, plan", "own = range(task + 1, plan", CACHE
+    ),
+    Mutant("array's step ignored", "megasora/training/encode/plan.py", "- first) // step", "- first)", CACHE),
     Mutant(
         "latent frames one too few",
         "megasora/data/cache/layout.py",
@@ -1271,7 +1273,7 @@ _CURATION = (
     Mutant(
         "an id may occur twice",
         "megasora/curation/tables.py",
-        "if key in order:",
+        "if key in self.order:",
         "if False:",
         POOL,
     ),
