@@ -2,7 +2,7 @@
 
     python benchmarks/mutants.py [--only NAME ...] [--list] [--json] [--jobs 2]
 
-Each mutant of `mutant_list.py` replaces one fragment of one file in a copy of the tree and runs the tests that should notice. First their
+Each mutant of `mutant_list/` replaces one fragment of one file in a copy of the tree and runs the tests that should notice. First their
 union runs on a clean copy and must pass. Exit code 1 when one survives that is not marked as equivalent, 2 when the list is stale or the
 clean copy fails.
 """

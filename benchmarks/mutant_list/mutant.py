@@ -1,0 +1,71 @@
+"""A planted mistake, and the tests that may notice one, by short names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake."""
+
+    name: str
+    file: str
+    """From the root of the tree."""
+    old: str
+    """Occurs exactly once in the file."""
+    new: str
+    tests: tuple[str, ...]
+    """Paths or node ids for pytest."""
+    equivalent: str | None = None
+    """Why no test can notice; None for a mistake that must be noticed."""
+
+
+CURATION = "tests/unit/curation"
+DATA = "tests/unit/data"
+DIFFUSION = ("tests/unit/diffusion",)
+PLAN = (f"{DATA}/test_plan.py", f"{DATA}/test_sampler.py", f"{DATA}/test_mix.py")
+REQUESTS = (f"{DATA}/test_requests.py",)
+RULES = (f"{CURATION}/test_rules.py",)
+POOL = (f"{CURATION}/test_pyramid_pool.py",)
+PYRAMID = (f"{CURATION}/test_pyramid.py",)
+CACHE = (f"{DATA}/cache/test_cache.py",)
+SHARDS = (f"{DATA}/cache/test_shards.py",)
+DECODE = (f"{DATA}/decoding/test_decode.py",)
+LOADING = (f"{DATA}/test_loading.py",)
+CONFIG = ("tests/unit/config",)
+PACK = ("tests/unit/parallel/test_pack.py",)
+LORA = ("tests/convert/test_lora.py",)
+ENCODERS = ("tests/unit/models/encoders/test_encoders.py",)
+LAYOUT = ("tests/unit/models/mmdit/test_layout.py",)
+MATHS = ("tests/unit/models/mmdit/test_maths.py",)
+RATES = ("tests/unit/training/test_learning_rate.py",)
+LOG = ("tests/unit/training/test_metrics_log.py",)
+MICROBATCH = ("tests/unit/training/test_microbatch.py",)
+PRUNE = ("tests/unit/checkpoint/test_prune.py",)
+DRAWS = ("tests/parallel/test_feed_draws.py",)
+STEPS = ("tests/parallel/test_optimizer_steps.py",)
+STORE = ("tests/parallel/test_store.py",)
+BRANCHES = ("tests/parallel/test_sampler_branches.py",)
+PARITY = "tests/parallel/test_parity.py::test_uneven_packs_give_the_gradients_of_one_rank"
+DIFFUSERS = ("tests/parallel/test_against_diffusers.py::test_forward_and_gradients_agree[1-layout0-False]",)
+
+
+def filter_test(name: str) -> tuple[str, ...]:
+    return (f"{CURATION}/test_filter.py::test_{name}",)
+
+
+def convert_test(name: str) -> tuple[str, ...]:
+    return (f"tests/convert/test_convert.py::test_{name}",)
+
+
+def security_test(name: str) -> tuple[str, ...]:
+    return (f"tests/convert/test_security.py::test_{name}",)
+
+
+def inspect_test(name: str) -> tuple[str, ...]:
+    return (f"tests/convert/test_inspect.py::test_{name}",)
+
+
+def parity_test(name: str) -> tuple[str, ...]:
+    return (f"{PARITY}[{name}]",)

@@ -1,0 +1,69 @@
+"""Mistakes in packs, splits and groups."""
+
+from __future__ import annotations
+
+from mutant_list.mutant import (
+    PACK,
+    Mutant,
+    parity_test,
+)
+
+MUTANTS = (
+    Mutant(
+        "context ranks own runs of tokens",
+        "megasora/parallel/pack.py",
+        "torch.arange(cp_rank, length, self.split.cp)",
+        "torch.arange(length).chunk(self.split.cp)[cp_rank]",
+        PACK,
+    ),
+    Mutant("row multiple ignored", "megasora/parallel/pack.py", "self.tp * self.cp * self.row_multiple", "self.tp * self.cp", PACK),
+    Mutant(
+        "streams joined text after video",
+        "megasora/parallel/pack.py",
+        "for stream in (text, video)]",
+        "for stream in (video, text)]",
+        PACK,
+    ),
+    Mutant(
+        "ring merge without weights",
+        "megasora/parallel/context.py",
+        "a.out * weight_a + b.out * weight_b",
+        "(a.out + b.out) / 2",
+        parity_test("cp2 ring"),
+    ),
+    Mutant(
+        "ring's value gradients are the keys'",
+        "megasora/parallel/context.py",
+        "grad_chunk[1] += parts[2]",
+        "grad_chunk[1] += parts[1]",
+        parity_test("cp2 ring"),
+    ),
+    Mutant(
+        "heads come back in another order",
+        "megasora/parallel/context.py",
+        "received.permute(1, 0, 2, 3).reshape(tokens",
+        "received.reshape(tokens",
+        parity_test("cp2 ulysses"),
+    ),
+    Mutant(
+        "gathered gradients not summed",
+        "megasora/parallel/tensor.py",
+        "columns //= group.size()",
+        "columns //= group.size()\n        grad = grad / group.size()",
+        parity_test("tp2"),
+    ),
+    Mutant(
+        "a flat run's rectangle one column off",
+        "megasora/parallel/shards.py",
+        "start = offset + (top - row) * num_columns + (left - column)",
+        "start = offset + (top - row) * num_columns",
+        ("tests/unit/parallel/test_shards.py",),
+    ),
+    Mutant(
+        "interleaved groups must divide",
+        "megasora/parallel/pipeline.py",
+        "if rest == 0 or rest >= pp_size:",
+        "if rest == 0:",
+        ("tests/unit/parallel/test_pipeline.py",),
+    ),
+)
