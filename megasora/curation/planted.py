@@ -125,6 +125,11 @@ def _contents(first: Pictures, second: Pictures) -> Iterator[_Plan]:
         lambda p: write_clip(p, [x for pair in zip(first, second, strict=False) for x in pair][:75]),
     )
     yield "titles.mp4", "max_text_area", "lines of text over the picture", lambda p: write_clip(p, [_titled(f) for f in first])
+    yield from _copies_and_shots(first, second)
+
+
+def _copies_and_shots(first: Pictures, second: Pictures) -> Iterator[_Plan]:
+    """Clips with nothing wrong in them but that they are there twice, or that `shots` must cut."""
     yield (
         "copy.mp4",
         "duplicates",
