@@ -11,7 +11,7 @@ from megasora.diffusion.conditions import condition_latent, draw_kind, given_fra
 from megasora.diffusion.flow import interpolate, sampling_times, shift_of, shift_time, training_time, velocity_target
 from megasora.diffusion.guidance import combine, denoise, image_scale, oscillating
 from megasora.diffusion.patchify import patchify, unpatchify
-from megasora.diffusion.philox import Stream, key_of, normal_at, philox4x32, uniform_at
+from megasora.diffusion.philox import _CHUNK, Stream, key_of, normal_at, philox4x32, uniform_at
 
 POINTS = ((256.0, 1.0), (4096.0, 3.0))
 
@@ -42,6 +42,14 @@ def test_any_slice_of_noise_is_the_same_noise() -> None:
     assert torch.equal(whole[chosen], normal_at(chosen, key=key))
     assert abs(float(whole.mean())) < 0.05
     assert abs(float(whole.std()) - 1) < 0.05
+
+
+def test_a_long_draw_is_its_parts() -> None:
+    """Draws are made chunk by chunk to bound their memory; element numbers count on through the chunks."""
+    across = torch.arange(_CHUNK - 2, _CHUNK + 2)
+    whole = normal_at(torch.arange(_CHUNK + 2), key=5)
+    assert torch.equal(whole[-4:], normal_at(across, key=5))
+    assert not torch.equal(whole[_CHUNK:], whole[:2])
 
 
 def test_every_field_of_a_key_matters() -> None:
