@@ -57,7 +57,7 @@ MUTANTS = (
         "adam_beta2=optimizer.beta1",
         STEPS,
     ),
-    Mutant("Adam's epsilon ignored", "megasora/training/optimizer.py", "adam_eps=optimizer.eps", "adam_eps=1e-3", STEPS),
+    Mutant("Adam's epsilon ignored", "megasora/training/optimizer.py", "adam_eps=optimizer.eps", "adam_eps=1e-8", STEPS),
     Mutant("EMA decay on the wrong side", "megasora/training/optimizer.py", "1 - self.decay)", "self.decay)", STEPS),
     Mutant(
         "EMA before the optimizer's step",
