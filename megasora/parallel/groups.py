@@ -74,13 +74,18 @@ def choose_device(name: str) -> torch.device:
     """Device of this rank for `auto`, `cpu` or `cuda` (one GPU per local rank).
 
     Raises:
-        UserError: cuda was asked for and there is none.
+        UserError: cuda was asked for and there is none, or fewer than local ranks.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+    local_rank, visible = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))), torch.cuda.device_count()
+    if visible == 1:  # a scheduler that binds GPUs shows each task its own, as number 0
+        return torch.device("cuda", 0)
+    if local_rank >= visible:
+        raise UserError(f"local rank {local_rank} has no GPU: {visible} are visible; start at most {visible} ranks on a node")
+    return torch.device("cuda", local_rank)
 
 
 def start_world(device: torch.device, *, timeout_minutes: float) -> None:

@@ -42,6 +42,7 @@ from megasora.models.mmdit.sharded_state import model_tensors
 from megasora.models.mmdit.weights import fill_parameters
 from megasora.models.sampler import Sampler
 from megasora.parallel import groups
+from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.parallel.groups import ParallelContext
 from megasora.perf.flops import training_flops
 from megasora.perf.peaks import peak_bf16_tflops
@@ -133,7 +134,7 @@ def train(config: RunConfig) -> None:
     config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
     raise_on_problems(config, world_size=dist.get_world_size())
     if config.train.deterministic:
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_algorithms(device)
     context = groups.initialize(config.parallel, device=device, num_attention_heads=config.model.num_attention_heads, seed=config.init.seed)
     run_dir = Path(config.run_dir or f"runs/{config.recipe}").absolute()
     if context.rank == 0:

@@ -167,6 +167,8 @@ class DaliDecoder:
             self._pipeline = self._pipeline or self._build()
             (output,) = self._pipeline.run(**{name: [sample.arguments[name] for sample in samples] for name in _INPUTS})
             videos = [torch.utils.dlpack.from_dlpack(output[place]).clone() for place in range(len(samples))]
+            if self.on_gpu:  # the copies are only queued, and the next run may write into DALI's buffers
+                torch.cuda.current_stream(self.device_id).synchronize()
         except RuntimeError as error:
             self._pipeline = None
             if len(samples) == 1:

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megasora.config.errors import UserError
 from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from megasora.models.mmdit.megatron_config import transformer_config
+from megasora.models.mmdit.megatron_config import DTYPES, transformer_config
 from megasora.models.mmdit.model import MMDiT
 from megasora.models.mmdit.spec import ProviderName, submodules_of
 from megasora.models.mmdit.stages import stage_specs
@@ -18,8 +18,10 @@ from megasora.parallel.context import ContextAttention
 from megasora.parallel.groups import ParallelContext
 
 
-def choose_provider(name: Literal["auto", "te", "local"], *, device: torch.device) -> ProviderName:
-    """Layer provider for a device: `auto` takes Transformer Engine on CUDA when it is installed.
+def choose_provider(name: Literal["auto", "te", "local"], *, device: torch.device, dtype: torch.dtype) -> ProviderName:
+    """Layer provider for a device: `auto` takes Transformer Engine on CUDA in bf16 when it is installed.
+
+    In fp32 it takes local layers: Transformer Engine multiplies fp32 matrices in TF32 on CUDA (10 bits of mantissa), torch does not.
 
     Raises:
         UserError: te on the CPU.
@@ -28,7 +30,7 @@ def choose_provider(name: Literal["auto", "te", "local"], *, device: torch.devic
         raise UserError("provider te needs CUDA; use --precision.provider local on the CPU")
     if name != "auto":
         return name
-    return "te" if device.type == "cuda" and _installed("transformer_engine") else "local"
+    return "te" if device.type == "cuda" and dtype == torch.bfloat16 and _installed("transformer_engine") else "local"
 
 
 def choose_attention(name: Literal["auto", "te", "flash", "torch"], *, device: torch.device, dtype: torch.dtype) -> KernelName:
@@ -64,7 +66,7 @@ def build_chunks(
     dtype: torch.dtype | None = None,
 ) -> tuple[list[MMDiT], TransformerConfig]:
     """This rank's chunks of the model (one per virtual stage), uninitialised, and the Megatron configuration they share."""
-    provider = choose_provider(precision.provider, device=context.device)
+    provider = choose_provider(precision.provider, device=context.device, dtype=dtype or DTYPES[precision.dtype])
     config = transformer_config(model, parallel, precision, device=context.device, provider=provider, dtype=dtype)
     kernel = choose_kernel(
         choose_attention(precision.attention, device=context.device, dtype=config.params_dtype),

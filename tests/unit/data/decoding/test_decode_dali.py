@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +119,30 @@ def test_the_gpu_s_decoder_is_asked_only_for_what_it_has() -> None:
     assert gpu_decodes(facts("av1"), capability=ada)
     for codec, pixel_format in (("av1", "yuv420p"), ("h264", "yuv420p10le"), ("h264", "yuv422p"), ("png", "rgb24")):
         assert not gpu_decodes(facts(codec, pixel_format), capability=hopper)
+
+
+def test_copies_are_waited_for_before_the_next_run_may_overwrite_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a copy out of DALI's buffers is queued, not done."""
+    decoder = DaliDecoder(device=CPU)
+    seen: list[str] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            assert decoder._turn.locked()  # nobody else can have started a run yet
+            seen.append("waited")
+
+    class Pipeline:
+        def run(self, **_: object) -> tuple[torch.Tensor]:
+            seen.append("ran")
+            return (torch.zeros(1, 3, 5, 32, 48, dtype=torch.uint8),)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+    monkeypatch.setattr(decoder, "on_gpu", True)
+    monkeypatch.setattr(decoder, "_pipeline", Pipeline())
+    sample = SimpleNamespace(request=request(Path("clip.mp4")), arguments=defaultdict(int))
+    (video,) = decoder._run([sample])  # type: ignore[list-item]
+    assert isinstance(video, torch.Tensor)
+    assert seen == ["ran", "waited"]
 
 
 def test_auto_is_one_decoder_for_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
