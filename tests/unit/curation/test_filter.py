@@ -313,7 +313,7 @@ def test_the_command_takes_a_stage_and_overrides(tmp_path: Path, capsys: pytest.
     assert Counter({r["name"]: r["removed"] for r in result["rules"] if r["removed"]}) == {"min_fps": 1, "max_text_area": 1}
     with pytest.raises(SystemExit):
         main([*arguments[:5], "--stage", "512px"])
-    assert "--stage '512px' is not one of 256px, 256px_i2v, 768px" in capsys.readouterr().err
+    assert "invalid choice '512px' for argument '--stage'. Expected one of ('256px', '256px_i2v', '768px')" in capsys.readouterr().err
 
 
 def test_frames_match_up_to_the_distance_and_most_must() -> None:

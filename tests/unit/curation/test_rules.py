@@ -40,6 +40,8 @@ SIDES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("broken", {"error": ""}, {"error": "truncated"}),
     ("upright", {"rotation": 360}, {"rotation": 180}),
     ("upright", {"rotation": None}, {"rotation": -90}),
+    ("square_pixels", {"sample_aspect_ratio": 1.009}, {"sample_aspect_ratio": 1.011}),
+    ("square_pixels", {"sample_aspect_ratio": None}, {"sample_aspect_ratio": 0.989}),
     ("even_fps", {"variable_fps": None}, {"variable_fps": True}),
     ("banned_profiles", {"profile": "Main"}, {"profile": "Simple"}),
     ("banned_profiles", {"profile": None}, {"profile": "Constrained Baseline"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ def flip(path: Path, *, after: bytes) -> None:
 
 def test_a_changed_byte_costs_the_member_it_is_in(tmp_path: Path) -> None:
     write(tmp_path, 1.0)
-    opened = Cache(tmp_path, facts=None, indices=[open_shard(tmp_path, 0)[1]])  # type: ignore[arg-type]
+    settings = SimpleNamespace(samples=1, samples_per_shard=1, num_shards=1)
+    opened = Cache(tmp_path, facts=SimpleNamespace(settings=settings))  # type: ignore[arg-type]
     assert opened.read(0, slice(0, 2))["mean"].tolist() == [1.0] * 64
     flip(tmp_path / "shard-000000.tar", after=b'"clip"')
     assert opened.read(0, slice(0, 1))["mean"].tolist() == [1.0] * 64
