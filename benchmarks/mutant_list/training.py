@@ -161,7 +161,7 @@ MUTANTS = (
         "megasora/training/feed.py",
         "noise_key=0,\n            weight=0.0",
         "noise_key=0,\n            weight=1.0",
-        STEPS,
+        ("tests/parallel/test_fillers.py",),
     ),
     Mutant(
         "latents divided by the scaling factor",
