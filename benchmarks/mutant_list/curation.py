@@ -117,7 +117,7 @@ MUTANTS = (
         "megasora/curation/selection.py",
         'not (note and note["trained"])',
         "not note",
-        filter_test("a_score_that_was_not_taken_is_refused_with_the_cure"),
+        filter_test("aesthetic_scores_count_only_from_weights_said_to_be_trained"),
     ),
     Mutant(
         "bits per pixel before resolution",

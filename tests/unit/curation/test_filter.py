@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -27,6 +28,7 @@ from megasora.curation.report import run_report
 from megasora.curation.rules import STAGES, FilterRules, active_rules, without
 from megasora.curation.selection import record_file, removed_table, run_filter
 from megasora.curation.settings import FilterSettings, ReportSettings
+from megasora.curation.tables import METADATA_KEY
 from megasora.data.manifest import read_manifest
 
 SCHEMA = pa.schema([*SHOTS, *(field for field in SCORES if field.name != "aesthetic")])
@@ -183,9 +185,15 @@ def test_a_score_that_was_not_taken_is_refused_with_the_cure(tmp_path: Path) -> 
     ):
         run_filter(source, FilterSettings(output=tmp_path / "m.parquet"), STAGES["256px"])
     run_filter(source, FilterSettings(output=tmp_path / "m.parquet"), without(STAGES["256px"], "max_text_area"))
-    untrained = pa.schema([*SCHEMA, SCORES.field("aesthetic")])
-    source = table(tmp_path / "aesthetic.parquet", [row("a", aesthetic=9.0)], untrained)
-    with pytest.raises(UserError, match="not said to be trained"):
+
+
+@pytest.mark.parametrize("note", [None, {"trained": False, "source": "random"}, {"trained": True, "source": "LAION"}])
+def test_aesthetic_scores_count_only_from_weights_said_to_be_trained(tmp_path: Path, note: dict[str, Any] | None) -> None:
+    said = {METADATA_KEY: json.dumps({"settings": {"aesthetic": note}}).encode()}
+    schema = pa.schema([*SCHEMA, SCORES.field("aesthetic")], metadata=said)
+    source = table(tmp_path / "aesthetic.parquet", [row("a", aesthetic=9.0)], schema)
+    refuses = contextlib.nullcontext() if note and note["trained"] else pytest.raises(UserError, match="not said to be trained")
+    with refuses:
         run_filter(source, FilterSettings(output=tmp_path / "n.parquet"), replace(STAGES["256px"], min_aesthetic=5.0))
 
 
