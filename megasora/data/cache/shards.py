@@ -14,6 +14,7 @@ import json
 import math
 import os
 import tarfile
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -76,6 +77,11 @@ def key_of_clip(clip: PlannedClip) -> str:
 def shard_name(number: int) -> str:
     """File name of a shard without its ending."""
     return f"shard-{number:06d}"
+
+
+_ONE_PARSER = threading.Lock()
+"""numpy reads an array's header with ast.literal_eval, which Python 3.11 may refuse when two threads run it at once: "AST constructor
+recursion depth mismatch" (python/cpython issue 106905)."""
 
 
 def checksum(data: Any) -> int:
@@ -338,7 +344,8 @@ def open_shard(folder: Path, number: int, *, verify: bool = False) -> tuple[Shar
         with (folder / f"{name}.tar").open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != facts.tar_sha256:
                 raise BadShardError(f"{name}.tar is not as it was written (SHA-256)")
-    index: NDArray[Any] = np.load(io.BytesIO(index_content), allow_pickle=False)
+    with _ONE_PARSER:
+        index: NDArray[Any] = np.load(io.BytesIO(index_content), allow_pickle=False)
     if index.dtype != INDEX:
         raise BadShardError(f"{name}.index.npy has other columns than this version writes")
     return facts, index
