@@ -95,7 +95,7 @@ def test_wide_tensors_come_first_so_that_all_are_aligned() -> None:
 
 
 def test_threads_open_shards_beside_each_other(tmp_path: Path) -> None:
-    """Python 3.11's ast is not safe between threads, and numpy parses headers with it: 2,000 at once found it."""
+    """As a feed's threads do, each with the first sample of a shard (Python 3.11's ast, with which numpy parses headers, broke there)."""
     write(tmp_path, 1.0)
     with ThreadPoolExecutor(16) as pool:
         opened = list(pool.map(lambda _: len(open_shard(tmp_path, 0)[1]), range(2_000)))
