@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megasora import __version__
 from megasora.checkpoint import manifests
 from megasora.config.errors import UserError
+from megasora.config.files import sync_to_disk
 
 TRACKER = "latest"
 
@@ -94,7 +95,7 @@ def save(root: Path, *, step: int, tensors: Mapping[str, ShardedTensor], state: 
         temporary.rename(final)
         _write_synced(root / f".{TRACKER}.tmp", final.name + "\n")
         (root / f".{TRACKER}.tmp").replace(root / TRACKER)
-        _sync_folder(root)
+        sync_to_disk(root)
     dist.barrier()
     return final
 
@@ -153,11 +154,3 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -89,7 +89,7 @@ def _choice(name: str, member: Command | Group, rest: Sequence[str] | None) -> A
 
 def _with_defaults(kind: type, given: Mapping[str, Any]) -> Any:
     required = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
-    return kind(**{**dict.fromkeys(required, tyro.MISSING_NONPROP), **given}) if given else tyro.MISSING_NONPROP
+    return kind(**{**dict.fromkeys(required, tyro.MISSING_NONPROP), **given})
 
 
 @contextlib.contextmanager
