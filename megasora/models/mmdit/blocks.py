@@ -1,21 +1,22 @@
 """The two kinds of block. A block maps token shares to token shares; linear layers gather and scatter them over TP.
 
+Between matrix products and attention stand the operations of `kernels`, each one pass over its tensors.
 Layouts: qkv rows of a TP rank are [q; k; v] of its heads, `linear1` is [q; k; v; mlp], `linear2` takes [attention; mlp].
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megasora.config.schema import ModelConfig
+from megasora.models.mmdit.heads import HeadLayout, Projected, collect_heads, place_heads
 from megasora.models.mmdit.layers import Modulation, QueryKeyNorm
-from megasora.models.mmdit.modulation import gated_residual, norm_modulate
+from megasora.models.mmdit.modulation import gated_norm_modulate, gated_residual, norm_modulate
 from megasora.models.mmdit.rotary import Rotation, StreamRotations
 from megasora.models.mmdit.spec import LayerFactory
 from megasora.parallel.context import ContextAttention
-from megasora.parallel.pack import Pack, Runs
+from megasora.parallel.pack import HeadRows, Pack, Rows, Runs
 
 
 class StreamAttention(nn.Module):
@@ -23,16 +24,13 @@ class StreamAttention(nn.Module):
 
     def __init__(self, model: ModelConfig, *, layers: LayerFactory) -> None:
         super().__init__()
-        self.head_dim = model.head_dim
         self.qkv = layers.column(model.hidden_size, 3 * model.hidden_size)
-        self.norm = QueryKeyNorm(model.head_dim, layers=layers, eps=model.norm_eps)
+        self.norm = QueryKeyNorm(model.head_dim, layers=layers)
         self.proj = layers.row(model.hidden_size, model.hidden_size)
 
-    def project(self, tokens: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, H] -> q, k, v [S, heads of this TP rank, K], q and k normed and rotated."""
-        qkv = self.qkv(tokens)[0]
-        result: tuple[Tensor, Tensor, Tensor] = self.norm(qkv.view(qkv.shape[0], 3, -1, self.head_dim), rotation)
-        return result
+    def project(self, tokens: Tensor, rotation: Rotation, rows: Rows) -> Projected:
+        """[s, H] -> queries, keys and values of this TP rank's heads, for `place_heads`."""
+        return Projected(tensor=self.qkv(tokens)[0], weights=self.norm.weights, rotation=rotation, rows=rows)
 
 
 class MLP(nn.Module):
@@ -54,20 +52,29 @@ class Stream(nn.Module):
 
     def __init__(self, model: ModelConfig, *, layers: LayerFactory) -> None:
         super().__init__()
-        self.eps = model.norm_eps
+        self.eps, self.kernels = model.norm_eps, layers.kernels
         self.mod = Modulation(model.hidden_size, 6, layers=layers)
         self.attn = StreamAttention(model, layers=layers)
         self.mlp = MLP(model, layers=layers)
 
-    def project(self, tokens: Tensor, rows: tuple[Tensor, ...], runs: Runs, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of modulated tokens."""
-        return self.attn.project(norm_modulate(tokens, shift=rows[0], scale=rows[1], runs=runs, eps=self.eps), rotation)
+    def project(self, tokens: Tensor, mod: tuple[Tensor, ...], runs: Runs, rotation: Rotation, rows: Rows) -> tuple[Tensor, Projected]:
+        """The tokens, and the projections of their modulated norm."""
+        tokens, normed = norm_modulate(tokens, shift=mod[0], scale=mod[1], runs=runs, eps=self.eps, kernels=self.kernels)
+        return tokens, self.attn.project(normed, rotation, rows)
 
-    def finish(self, tokens: Tensor, attended: Tensor, rows: tuple[Tensor, ...], runs: Runs) -> Tensor:
+    def finish(self, tokens: Tensor, attended: Tensor, mod: tuple[Tensor, ...], runs: Runs) -> Tensor:
         """Output projection and feed-forward layer, each gated."""
-        tokens = gated_residual(tokens, gate=rows[2], branch=self.attn.proj(attended)[0], runs=runs)
-        branch = self.mlp(norm_modulate(tokens, shift=rows[3], scale=rows[4], runs=runs, eps=self.eps))
-        return gated_residual(tokens, gate=rows[5], branch=branch, runs=runs)
+        tokens, normed = gated_norm_modulate(
+            tokens,
+            gate=mod[2],
+            branch=self.attn.proj(attended)[0],
+            shift=mod[3],
+            scale=mod[4],
+            runs=runs,
+            eps=self.eps,
+            kernels=self.kernels,
+        )
+        return gated_residual(tokens, gate=mod[5], branch=self.mlp(normed), runs=runs, kernels=self.kernels)
 
 
 class DoubleBlock(nn.Module):
@@ -75,21 +82,25 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, model: ModelConfig, *, layers: LayerFactory, attention: ContextAttention) -> None:
         super().__init__()
+        self.heads, self.head_dim, self.eps = model.num_attention_heads // layers.tp_group.size(), model.head_dim, model.norm_eps
+        self.kernels = layers.kernels
         self.txt = Stream(model, layers=layers)
         self.img = Stream(model, layers=layers)
         self.attention = attention
 
     def forward(self, txt: Tensor, img: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> tuple[Tensor, Tensor]:
         """Text share [., H] and video share [., H] -> the same."""
-        txt_rows, img_rows = self.txt.mod(vec), self.img.mod(vec)
-        of_txt = self.txt.project(txt, txt_rows, pack.text_runs, rotations.txt)
-        of_img = self.img.project(img, img_rows, pack.video_runs, rotations.img)
-        q, k, v = (pack.join_streams(a, b) for a, b in zip(of_txt, of_img, strict=True))
-        attended = self.attention(q, k, v, pack).flatten(1)
-        txt_attended, img_attended = pack.split_streams(attended)
+        of_txt, of_img = self.txt.mod(vec), self.img.mod(vec)
+        rows = self.attention.rows(pack)
+        txt, txt_projected = self.txt.project(txt, of_txt, pack.text_runs, rotations.txt, rows.text)
+        img, img_projected = self.img.project(img, of_img, pack.video_runs, rotations.img, rows.video)
+        layout = _layout(self.attention, rows, head_dim=self.head_dim, eps=self.eps)
+        q, k, v = place_heads([txt_projected, img_projected], heads=self.heads, layout=layout, kernels=self.kernels)
+        attended = self.attention(q, k, v, pack)
+        txt_attended, img_attended = collect_heads(attended, rows=(rows.text, rows.video), kernels=self.kernels)
         return (
-            self.txt.finish(txt, txt_attended, txt_rows, pack.text_runs),
-            self.img.finish(img, img_attended, img_rows, pack.video_runs),
+            self.txt.finish(txt, txt_attended, of_txt, pack.text_runs),
+            self.img.finish(img, img_attended, of_img, pack.video_runs),
         )
 
 
@@ -98,25 +109,24 @@ class SingleBlock(nn.Module):
 
     def __init__(self, model: ModelConfig, *, layers: LayerFactory, attention: ContextAttention) -> None:
         super().__init__()
-        self.head_dim, self.eps = model.head_dim, model.norm_eps
-        tp = layers.tp_group.size()
-        self.qkv_size, self.mlp_size = 3 * model.hidden_size // tp, model.ffn_hidden_size // tp
+        self.heads, self.head_dim, self.eps = model.num_attention_heads // layers.tp_group.size(), model.head_dim, model.norm_eps
+        self.kernels = layers.kernels
         self.modulation = Modulation(model.hidden_size, 3, layers=layers)
         self.linear1 = layers.column(model.hidden_size, 3 * model.hidden_size + model.ffn_hidden_size)
-        self.norm = QueryKeyNorm(model.head_dim, layers=layers, eps=model.norm_eps)
+        self.norm = QueryKeyNorm(model.head_dim, layers=layers)
         self.linear2 = layers.row(model.hidden_size + model.ffn_hidden_size, model.hidden_size)
         self.attention = attention
 
     def forward(self, joint: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> Tensor:
         """Joint share [s, H] -> the same."""
         shift, scale, gate = self.modulation(vec)
-        runs = pack.joint_runs
-        hidden = self.linear1(norm_modulate(joint, shift=shift, scale=scale, runs=runs, eps=self.eps))[0]
-        qkv, mlp = hidden.split([self.qkv_size, self.mlp_size], dim=-1)
-        q, k, v = self.norm(qkv.unflatten(-1, (3, -1, self.head_dim)), rotations.joint)
-        attended = self.attention(q, k, v, pack).flatten(1)
-        branch = self.linear2(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))[0]
-        return gated_residual(joint, gate=gate, branch=branch, runs=runs)
+        runs, rows = pack.joint_runs, self.attention.rows(pack)
+        joint, normed = norm_modulate(joint, shift=shift, scale=scale, runs=runs, eps=self.eps, kernels=self.kernels)
+        projected = Projected(tensor=self.linear1(normed)[0], weights=self.norm.weights, rotation=rotations.joint, rows=rows.joint)
+        layout = _layout(self.attention, rows, head_dim=self.head_dim, eps=self.eps)
+        q, k, v, wide = place_heads([projected], heads=self.heads, layout=layout, kernels=self.kernels)
+        (merged,) = collect_heads(self.attention(q, k, v, pack), rows=(rows.joint,), kernels=self.kernels, wide=wide)
+        return gated_residual(joint, gate=gate, branch=self.linear2(merged)[0], runs=runs, kernels=self.kernels)
 
 
 class FinalLayer(nn.Module):
@@ -124,12 +134,17 @@ class FinalLayer(nn.Module):
 
     def __init__(self, model: ModelConfig, *, layers: LayerFactory) -> None:
         super().__init__()
-        self.eps = model.norm_eps
+        self.eps, self.kernels = model.norm_eps, layers.kernels
         self.adaLN_modulation = Modulation(model.hidden_size, 2, layers=layers)
         self.linear = layers.on_tokens(model.hidden_size, model.in_channels)
 
     def forward(self, img: Tensor, vec: Tensor, runs: Runs) -> Tensor:
         """[., H] -> [., C]; the rows are (shift, scale)."""
         shift, scale = self.adaLN_modulation(vec)
-        result: Tensor = self.linear(norm_modulate(img, shift=shift, scale=scale, runs=runs, eps=self.eps))
+        normed = norm_modulate(img, shift=shift, scale=scale, runs=runs, eps=self.eps, kernels=self.kernels)[1]
+        result: Tensor = self.linear(normed)
         return result
+
+
+def _layout(attention: ContextAttention, rows: HeadRows, *, head_dim: int, eps: float) -> HeadLayout:
+    return HeadLayout(num_groups=attention.num_groups, length=rows.length, head_dim=head_dim, eps=eps)
