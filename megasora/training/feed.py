@@ -141,8 +141,9 @@ class Feeder:
                     encoded[place] = self._draw(planned, place, material)
             drawn_s = time.perf_counter() - started
             everything = self._exchange(planned, encoded)
+            weights = _weights(everything)
             yield StepBatch(
-                batches=[self._microbatch(planned, pack, everything) for pack in planned.packs],
+                batches=[self._microbatch(planned, pack, everything, weights) for pack in planned.packs],
                 plan=planned.plan,
                 tokens=sum(self._tokens[sample] for sample in planned.plan.samples),
                 flops_tokens=tuple(self._tokens[sample] for sample in planned.plan.samples),
@@ -255,18 +256,22 @@ class Feeder:
                 position += lengths[place]
         return everything
 
-    def _microbatch(self, planned: _Planned, pack: tuple[int, ...], everything: dict[int, dict[str, Tensor]]) -> MicroBatch:
-        samples = [self._sample(planned, place, everything[place]) for place in pack] or [self._filler()]
-        clips = [self.clips[planned.plan.samples[place]] for place in pack] or [self._smallest]
+    def _microbatch(
+        self, planned: _Planned, places: tuple[int, ...], everything: dict[int, dict[str, Tensor]], weights: dict[int, float]
+    ) -> MicroBatch:
+        samples = [self._sample(planned, place, everything[place], weight=weights[place]) for place in places] or [self._filler()]
+        clips = [self.clips[planned.plan.samples[place]] for place in places] or [self._smallest]
         at, topology = self.context.at, self.context.topology
+        pack = Pack(
+            [SampleShape(text_tokens=clip.text_tokens, grid=clip.grid) for clip in clips],
+            split=self._split,
+            tp_rank=at.tp,
+            cp_rank=at.cp,
+            device=self.context.device,
+        )
+        pack.prepare(self.context.context.members)
         return build_microbatch(
-            Pack(
-                [SampleShape(text_tokens=clip.text_tokens, grid=clip.grid) for clip in clips],
-                split=self._split,
-                tp_rank=at.tp,
-                cp_rank=at.cp,
-                device=self.context.device,
-            ),
+            pack,
             samples,
             sigma_min=self.config.flow.sigma_min,
             dtype=self.dtype,
@@ -274,7 +279,7 @@ class Feeder:
             last_stage=at.pp == topology.pp - 1,
         )
 
-    def _sample(self, planned: _Planned, place: int, parts: dict[str, Tensor]) -> TrainingSample:
+    def _sample(self, planned: _Planned, place: int, parts: dict[str, Tensor], *, weight: float) -> TrainingSample:
         clip = self.clips[planned.plan.samples[place]]
         flow, patch = self.config.flow, self.config.model.patch_size
         frames, height, width = clip.grid
@@ -286,7 +291,7 @@ class Feeder:
             cond=parts.get("cond"),
             t=training_time(normal(key=self._key(planned, place, Stream.TIMESTEP)), shift=shift),
             noise_key=self._key(planned, place, Stream.NOISE),
-            weight=float(parts["ok"]),
+            weight=weight,
         )
 
     @cached_property
@@ -308,6 +313,12 @@ class Feeder:
         )
 
 
+def _weights(everything: dict[int, dict[str, Tensor]]) -> dict[int, float]:
+    """The flag of each clip of the step, on the host: the one time that a step's clips make it wait."""
+    flags = torch.cat([parts["ok"] for parts in everything.values()]).tolist() if everything else []
+    return dict(zip(everything, flags, strict=True))
+
+
 def _write(
     buffer: Tensor,
     own: list[int],
@@ -320,6 +331,6 @@ def _write(
     for place in own:
         if place in encoded:
             parts = {"ok": torch.ones(1, device=buffer.device), **encoded[place]}
-            flat = torch.cat([parts[name].reshape(-1).to(buffer) for name in shapes[place]])
+            flat = torch.cat([parts[name].reshape(-1).to(buffer.dtype) for name in shapes[place]])
             buffer[position : position + lengths[place]] = flat
         position += lengths[place]
