@@ -18,15 +18,16 @@ _ALIGNMENT = 256
 
 
 def send(tensors: Sequence[Tensor], *, device: torch.device) -> list[Tensor]:
-    """The host tensors on `device`, as parts of one buffer; on the CPU the tensors themselves."""
-    if device.type == "cpu":
+    """The tensors on `device`: those in host memory as parts of one buffer, others as they are. On the CPU the tensors themselves."""
+    waiting = [] if device.type == "cpu" else [tensor for tensor in tensors if tensor.device.type == "cpu"]
+    if not waiting:
         return list(tensors)
-    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in waiting]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-    for tensor, part in zip(tensors, buffer.split(sizes), strict=True):
+    for tensor, part in zip(waiting, buffer.split(sizes), strict=True):
         _as(part, tensor).copy_(tensor)
-    parts = buffer.to(device, non_blocking=True).split(sizes)
-    return [_as(part, tensor) for tensor, part in zip(tensors, parts, strict=True)]
+    parts = iter(buffer.to(device, non_blocking=True).split(sizes))
+    return [_as(next(parts), tensor) if tensor.device.type == "cpu" else tensor for tensor in tensors]
 
 
 def send_tables(tables: Sequence[Any], *, device: torch.device) -> list[Any]:

@@ -30,6 +30,7 @@ from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
+from megasora.parallel.transfer import send
 from megasora.training.material import Material, scaled_latents
 from megasora.training.microbatch import TrainingSample, build_microbatch
 from megasora.training.samples import SampleSource
@@ -219,7 +220,7 @@ class Feeder:
         null_text, null_vec = self._source.null
         result["text"] = null_text if drop_t5 else material.text
         result["vec"] = null_vec if drop_clip else material.vec
-        return result
+        return dict(zip(result, send(list(result.values()), device=self.context.device), strict=True))
 
     def _shapes(self, clip: PlannedClip) -> dict[str, tuple[int, ...]]:
         """Shapes of what travels for a clip, in order."""

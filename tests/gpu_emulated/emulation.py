@@ -50,7 +50,7 @@ class EmulatedCudaMode(TorchFunctionMode):
         if func in (torch.autograd.backward, torch.Tensor.backward):
             given = {**dict(zip(("tensors", "grad_tensors"), args, strict=False)), **kwargs}
             return self._backward(given["tensors"], given.get("grad_tensors"))
-        if func is torch.device:  # a name of a device is no tensor on it
+        if func in (torch.device, torch._C._nn._parse_to):  # a name of a device is no tensor on it
             return func(*args, **kwargs)
         if self.memory is not None:
             return self.memory.call(func, args, kwargs, lambda: self._on_cpu(func, args, kwargs))
@@ -85,8 +85,8 @@ def _flash_backward(*args: Any) -> Any:
 _KERNELS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._scaled_dot_product_flash_attention: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
     torch.ops.aten._scaled_dot_product_flash_attention_backward: _flash_backward,
-    torch.ops.aten._scaled_dot_product_efficient_attention: lambda q, k, v, *_: (
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    torch.ops.aten._scaled_dot_product_efficient_attention: lambda q, k, v, *_: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v
     ),
 }
 """CUDA kernels that are asked for by name, and the CPU's for the same; used where `Tensor.device` says cuda."""

@@ -146,7 +146,7 @@ class EmulatedMemory(TorchDispatchMode):
             return GPU if self.on_device(first) else run()
         if func == Tensor.is_cuda.__get__ and first is not None:
             return self.on_device(first)
-        if func in (Tensor.to, Tensor.cpu, Tensor.cuda) and first is not None:
+        if func in (Tensor.to, Tensor.cpu) and first is not None:
             return self._move(func, first, args[1:], kwargs, run)
         if func is Tensor.pin_memory and first is not None:
             return self.put(run(), "pinned")
@@ -177,8 +177,8 @@ class EmulatedMemory(TorchDispatchMode):
 
     def _target(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
         """Whether a tensor is moved to the GPU; None when it stays."""
-        if func in (Tensor.cpu, Tensor.cuda):
-            return bool(func is Tensor.cuda)
+        if func is Tensor.cpu:
+            return False
         for value in (*args, kwargs.get("device"), kwargs.get("other")):
             if isinstance(value, Tensor):
                 return self.on_device(value)
@@ -193,10 +193,11 @@ def watch() -> Iterator[EmulatedMemory]:
     from tests.gpu_emulated import emulation
 
     memory = EmulatedMemory()
-    by_name = [(torch.cuda, "synchronize"), (CpuStream, "synchronize"), (CpuEvent, "synchronize")]
-    real = [(owner, name, getattr(owner, name)) for owner, name in by_name]
+    by_name: list[tuple[Any, str]] = [(torch.cuda, "synchronize"), (CpuStream, "synchronize"), (CpuEvent, "synchronize")]
+    real = [(owner, name, getattr(owner, name)) for owner, name in (*by_name, (Tensor, "cuda"))]
     for owner, name in by_name:
         setattr(owner, name, lambda *_args, label=f"{owner.__name__}.{name}", **_kwargs: memory.log(label))
+    Tensor.cuda = lambda self, *_args, non_blocking=False, **_kwargs: self.to(GPU, non_blocking=non_blocking)  # type: ignore[method-assign]
     emulation.MODE.memory = memory
     try:
         with memory:
