@@ -97,10 +97,11 @@ class ParallelConfig:
     """Double blocks recomputed per stage when recompute=count."""
     recompute_single_blocks: int = 0
     """Single blocks recomputed per stage when recompute=count."""
-    overlap_grad_reduce: bool = False
-    """Overlap the data-parallel gradient reduction with the backward pass."""
-    overlap_param_gather: bool = False
-    """Overlap the distributed optimizer's (ZeRO-1, always on) parameter gather with the forward pass (needs overlap_grad_reduce)."""
+    overlap_grad_reduce: bool | None = None
+    """Overlap the data-parallel gradient reduction with the backward pass; None: on CUDA when DP x CP > 1."""
+    overlap_param_gather: bool | None = None
+    """Overlap the distributed optimizer's (ZeRO-1, always on) parameter gather with the forward pass (needs overlap_grad_reduce);
+    None: where the gradient reduction overlaps by itself."""
     timeout_minutes: float = 30.0
     """How long a collective may wait before the job is ended."""
 

@@ -181,7 +181,7 @@ def build_trainee(config: RunConfig, *, context: ParallelContext) -> Trainee:
     """Model chunks, DDP, optimizer and EMA of this rank; weights are not set yet."""
     chunks, megatron_config = build_chunks(config.model, config.parallel, config.precision, context=context)
     wrapped = wrap_for_training(chunks, config=megatron_config, parallel=config.parallel, context=context)
-    optimizer = build_optimizer(wrapped, optimizer=config.optimizer, parallel=config.parallel, dtype=megatron_config.params_dtype)
+    optimizer = build_optimizer(wrapped, optimizer=config.optimizer, dtype=megatron_config.params_dtype)
     ema = EMA(optimizer, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay > 0 else None
     return Trainee(chunks=chunks, wrapped=wrapped, megatron_config=megatron_config, optimizer=optimizer, ema=ema)
 
@@ -356,7 +356,7 @@ def _loop(
             save = last or (interval > 0 and trainee.step % interval == 0)
             sample = sampler is not None and (last or trainee.step % config.evaluation.sample_interval_steps == 0)
             if evaluate or save or sample:
-                sync_parameters(trainee.wrapped, parallel=config.parallel)
+                sync_parameters(trainee.wrapped)
             if evaluator is not None and evaluate:
                 events.append(_evaluation_event(evaluator, trainee))
             if sampler is not None and sample:

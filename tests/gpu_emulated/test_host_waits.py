@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from megasora.config.schema import ParallelConfig, RunConfig
+from megasora.config.schema import RunConfig
 from tests.gpu_emulated.memory import HostWait, watch
-from tests.gpu_emulated.runs import gpu_run, train_on_gpu
+from tests.gpu_emulated.runs import gpu_run, layout, train_on_gpu
 from tests.pool import RankFailedError, RankPool
 
 STEPS = 3
@@ -53,16 +53,6 @@ def train_watched(rank: int, config: RunConfig) -> list[StepWaits]:
     return steps
 
 
-def layout(tp: int = 1, pp: int = 1, cp: int = 1, vp: int | None = None, **more: Any) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        context_parallel_size=cp,
-        virtual_pipeline_model_parallel_size=vp,
-        **more,
-    )
-
-
 LAYOUTS = {
     "one rank, recompute": (1, layout(recompute="full")),
     "dp2": (2, layout()),
@@ -98,7 +88,8 @@ def test_a_step_waits_only_where_it_must(gpus: RankPool, assets: Path, tmp_path:
     config = replace(config, model=replace(config.model, num_single_blocks=3))
     for steps in gpus.run(world_size, train_watched, config):
         for step in steps[1:]:
-            assert not [wait for wait in step.within if wait.function not in ALLOWED]
+            unexpected = sorted({f"{wait.where} ({wait.package}): {wait.what}" for wait in step.within if wait.function not in ALLOWED})
+            assert not unexpected, "\n".join(unexpected)
             counted = Counter(wait.function for wait in step.within)
             assert counted == {**dict.fromkeys(ALLOWED, 1), ONCE_A_CHUNK: parallel.num_model_chunks}
             assert Counter(wait.function for wait in step.before) == dict.fromkeys(BETWEEN, 1)
