@@ -174,6 +174,9 @@ class DataConfig:
     """A clip that takes longer is skipped (weight 0), and a thread that hangs in it is replaced."""
     prefetch_steps: int = 2
     """Steps whose clips are decoded ahead."""
+    encode_ahead: bool | None = None
+    """Encode or read the next step's clips in a thread, on a CUDA stream of its own, while a step trains: the encoders' memory adds to the
+    model's. None: on CUDA; on the CPU the thread would take the cores that train."""
     dropout_t5: float = 0.316
     """Probability that a sample trains without its T5 text. Open-Sora configs/diffusion/train: dropout_ratio t5."""
     dropout_clip: float = 0.316

@@ -3,6 +3,9 @@
 Within one replica (TP x CP x PP ranks) whole clips are dealt out to the ranks, each encodes or reads only its own, and one all-gather
 gives every rank all latents and texts; nothing is encoded twice. A clip that fails travels as a zero flag in the same message, so all ranks
 agree about it before the step starts.
+
+With data.encode_ahead a thread encodes the next step while this one trains. The all-gather stays on the caller's thread: the collectives of
+a group must be started in the same order on all its ranks, and a step's are started there.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
 from megasora.parallel.transfer import send
+from megasora.training.ahead import Ahead
 from megasora.training.material import Material, scaled_latents
 from megasora.training.microbatch import TrainingSample, build_microbatch
 from megasora.training.samples import SampleSource
@@ -49,13 +53,13 @@ class StepBatch:
     skipped: tuple[tuple[str, str], ...]
     """(clip id, reason) of this rank's own clips that failed."""
     wait_s: float
-    """Time this rank waited for its clips."""
+    """Time this rank waited for its clips, and for the encoders when they work ahead."""
     frames: int
     """Frames this rank decoded."""
     decode_s: float
     """Time its threads took for them, summed."""
     encode_s: float
-    """Time this rank spent in the encoders, or on reading the cache's tensors."""
+    """Time this rank spent in the encoders, or on reading the cache's tensors, ahead of the step or not."""
     balance: Balance
 
 
@@ -67,6 +71,20 @@ class Balance:
     """Padding over all tokens computed."""
     imbalance: float
     """Work of the busiest replica over the mean; the step waits for the busiest."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Encoded:
+    """This rank's share of a step, before the exchange."""
+
+    planned: _Planned
+    clips: dict[int, dict[str, Tensor]]
+    """Place in the step -> what travels for it."""
+    skipped: tuple[tuple[str, str], ...]
+    wait_s: float
+    frames: int
+    decode_s: float
+    encode_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,37 +146,60 @@ class Feeder:
             device=context.device,
         )
 
+        ahead = context.device.type == "cuda" if config.data.encode_ahead is None else config.data.encode_ahead
+        self._ahead = Ahead(self._encode(), tensors=_tensors, device=context.device) if ahead else None
+
     def __iter__(self) -> Iterator[StepBatch]:
         """Steps until last_step."""
+        for step in self._encode() if self._ahead is None else self._ahead:
+            everything = self._exchange(step.planned, step.clips)
+            weights = _weights(everything)
+            plan = step.planned.plan
+            yield StepBatch(
+                batches=[self._microbatch(step.planned, pack, everything, weights) for pack in step.planned.packs],
+                plan=plan,
+                tokens=sum(self._tokens[sample] for sample in plan.samples),
+                flops_tokens=tuple(self._tokens[sample] for sample in plan.samples),
+                skipped=step.skipped,
+                wait_s=step.wait_s if self._ahead is None else self._ahead.wait_s,
+                frames=step.frames,
+                decode_s=step.decode_s,
+                encode_s=step.encode_s,
+                balance=step.planned.balance,
+            )
+
+    def settle(self) -> None:
+        """Wait until nothing here uses the encoders, which belong to the caller until the next step is taken."""
+        if self._ahead is not None:
+            self._ahead.settle()
+
+    def close(self) -> None:
+        """Stop working ahead."""
+        self._source.close()  # first: the thread may be waiting for a clip
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _encode(self) -> Iterator[_Encoded]:
+        """This rank's clips of each step; no collective in it, for a thread may run it."""
         for loaded in self._source:
             planned = self._planned.popleft()
-            encoded: dict[int, dict[str, Tensor]] = {}
+            clips: dict[int, dict[str, Tensor]] = {}
             skipped: list[tuple[str, str]] = []
             started = time.perf_counter()
             for place, material in zip(planned.own, loaded.clips, strict=True):
                 if isinstance(material, str):
                     skipped.append((self.clips[planned.plan.samples[place]].clip.id, material))
                 else:
-                    encoded[place] = self._draw(planned, place, material)
-            drawn_s = time.perf_counter() - started
-            everything = self._exchange(planned, encoded)
-            weights = _weights(everything)
-            yield StepBatch(
-                batches=[self._microbatch(planned, pack, everything, weights) for pack in planned.packs],
-                plan=planned.plan,
-                tokens=sum(self._tokens[sample] for sample in planned.plan.samples),
-                flops_tokens=tuple(self._tokens[sample] for sample in planned.plan.samples),
+                    clips[place] = self._draw(planned, place, material)
+            yield _Encoded(
+                planned=planned,
+                clips=clips,
                 skipped=tuple(skipped),
                 wait_s=loaded.wait_s,
                 frames=loaded.frames,
                 decode_s=loaded.decode_s,
-                encode_s=loaded.encode_s + drawn_s,
-                balance=planned.balance,
+                encode_s=loaded.encode_s + time.perf_counter() - started,
             )
-
-    def close(self) -> None:
-        """Stop working ahead."""
-        self._source.close()
 
     def _own_samples(self, state: SamplerState, first_step: int, last_step: int) -> Iterator[list[int]]:
         data, topology = self.config.data, self.context.topology
@@ -312,6 +353,11 @@ class Feeder:
             noise_key=0,
             weight=0.0,
         )
+
+
+def _tensors(step: _Encoded) -> Iterator[Tensor]:
+    for parts in step.clips.values():
+        yield from parts.values()
 
 
 def _weights(everything: dict[int, dict[str, Tensor]]) -> dict[int, float]:

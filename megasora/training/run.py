@@ -360,6 +360,7 @@ def _loop(
             if evaluator is not None and evaluate:
                 events.append(_evaluation_event(evaluator, trainee))
             if sampler is not None and sample:
+                feeder.settle()
                 events.append(_sample_event(sampler, config=config, context=context, step=trainee.step, log=log))
             if save:
                 events.append(_save(trainee, root, config=config, context=context, manifest=manifest))

@@ -136,6 +136,8 @@ class SampleSource:
         else:
             assert isinstance(video, Tensor)
             (pixels,) = send([video], device=self.device)
+            if pixels is video and video.is_cuda:  # decoded there by a thread, whose stream's memory it is
+                video.record_stream(torch.cuda.current_stream(self.device))
             latents = DecodedClip(video=normalise(pixels), vae=self.encoders.vae)
         if self._has_text:
             assert isinstance(stored, dict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -127,6 +128,7 @@ def emulate() -> None:
     _replace_nccl()
     _replace_wrappers()
     _replace_rng()
+    _replace_threads()
     MODE.__enter__()
 
 
@@ -166,6 +168,17 @@ def _replace_wrappers() -> None:
         return real(cls, shape, *args, **{**kwargs, "device": CPU})
 
     torch.Tensor._make_wrapper_subclass = staticmethod(make)
+
+
+def _replace_threads() -> None:
+    """Function modes belong to a thread: each thread enters this process's."""
+    real = threading.Thread.run
+
+    def run(thread: threading.Thread) -> None:
+        with MODE, MODE.memory or nullcontext():
+            real(thread)
+
+    threading.Thread.run = run  # type: ignore[method-assign]
 
 
 def _replace_rng() -> None:

@@ -12,6 +12,7 @@ runtime's "API synchronization behavior" says that copies from pageable memory m
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,7 @@ class EmulatedMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[HostWait] = []
+        self._lock = threading.Lock()
         self._places: dict[int, tuple[StorageWeakRef, Place]] = {}
         """By address; the weak reference keeps the address from being used again."""
 
@@ -81,16 +83,18 @@ class EmulatedMemory(TorchDispatchMode):
 
     def put(self, value: Any, place: Place) -> Any:
         """Note that the tensors of a result lie in `place`."""
-        for tensor in _tensors(value):
-            storage = tensor.untyped_storage()
-            self._places[storage._cdata] = (StorageWeakRef(storage), place)
-        if len(self._places) > 20_000:
-            self._places = {key: known for key, known in self._places.items() if not known[0].expired()}
+        with self._lock:
+            for tensor in _tensors(value):
+                storage = tensor.untyped_storage()
+                self._places[storage._cdata] = (StorageWeakRef(storage), place)
+            if len(self._places) > 20_000:
+                self._places = {key: known for key, known in self._places.items() if not known[0].expired()}
         return value
 
     def log(self, what: str) -> None:
-        """Note a wait of whoever is running, unless it is a kernel of the emulated extension."""
-        if (origin := _origin()) is not None:
+        """Note a wait of the main thread (another one waits for its own stream, and lets Python go on), unless it is in a kernel of the
+        emulated extension."""
+        if (origin := _origin()) is not None and threading.current_thread() is threading.main_thread():
             self.waits.append(HostWait(what, *origin))
 
     # --- below autograd: every operation, also in a backward pass

@@ -88,3 +88,11 @@ def test_overlapped_messages_change_no_bit(gpus: RankPool, tmp_path: Path, world
     paths = [store.step_folder(tmp_path / name / "checkpoints", 4) for name in ("on", "off")]
     one, other = (open_source(path, select="ema") for path in paths)
     assert all(torch.equal(one.read(key), other.read(key)) for key in one.shapes)
+
+
+def test_encoding_ahead_changes_no_bit(gpus: RankPool, tmp_path: Path) -> None:
+    """On GPUs it is on by itself."""
+    for name, ahead in (("on", None), ("off", False)):
+        config = gpu_run(tmp_path / name, steps=4)
+        gpus.run(1, train_on_gpu, replace(config, data=replace(config.data, encode_ahead=ahead)))
+    assert curve(tmp_path / "on") == curve(tmp_path / "off")
