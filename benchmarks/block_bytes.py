@@ -119,15 +119,12 @@ def layers_of(kernels: Kernels) -> Any:
     return factory
 
 
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
-    return mode.from_tensor(value) if isinstance(value, Tensor) else value
-
-
 def count(block: str, kernels: str, samples: int) -> Row:
     """Forward and backward of one block over a pack of so many clips."""
     pack = Pack([CLIP] * samples, split=PackSplit())
-    for runs in (pack.text_runs, pack.video_runs, pack.joint_runs):  # made on the host before a step
-        _ = runs.tiles, runs.tile_one_hot, runs.one_hot
+    pack.prepare([[0]])
+    for runs in (pack.text_runs, pack.video_runs, pack.joint_runs):
+        _ = runs.tile_one_hot, runs.one_hot  # made once for all blocks
     attention = _Attention(pack.head_rows([0]))
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = (SingleBlock if block == "single" else DoubleBlock)(MODEL, layers=layers_of(KERNELS[kernels]), attention=attention)  # type: ignore[arg-type]

@@ -232,7 +232,7 @@ def _curve(setup: Setup, model: ModelConfig, precision: PrecisionConfig, steps: 
     fill_deterministically(chunk, model)
     parallel = ParallelConfig()
     wrapped = wrap_for_training([chunk], config=config, parallel=parallel, context=setup.context)
-    optimizer = build_optimizer(wrapped, optimizer=OptimizerConfig(lr=1e-4), parallel=parallel, dtype=config.params_dtype)
+    optimizer = build_optimizer(wrapped, optimizer=OptimizerConfig(lr=1e-4), dtype=config.params_dtype)
     refresh_masters(optimizer)
     ensure_adam_state(optimizer, step=0)
     sample = SampleShape(text_tokens=64, grid=(3, 8, 8))

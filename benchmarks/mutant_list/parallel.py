@@ -12,8 +12,8 @@ MUTANTS = (
     Mutant(
         "context ranks own runs of tokens",
         "megasora/parallel/pack.py",
-        "torch.arange(cp_rank, length, self.split.cp)",
-        "torch.arange(length).chunk(self.split.cp)[cp_rank]",
+        "range(cp_rank, length, self.split.cp)[_part(",
+        "range(cp_rank * length // self.split.cp, length)[_part(",
         PACK,
     ),
     Mutant("row multiple ignored", "megasora/parallel/pack.py", "self.tp * self.cp * self.row_multiple", "self.tp * self.cp", PACK),

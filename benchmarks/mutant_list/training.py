@@ -155,7 +155,7 @@ MUTANTS = (
         "(frames, height, width)",
         DRAWS,
     ),
-    Mutant("a failed clip counts", "megasora/training/feed.py", 'weight=float(parts["ok"])', "weight=1.0", DRAWS),
+    Mutant("a failed clip counts", "megasora/training/feed.py", "weight=weights[place])", "weight=1.0)", DRAWS),
     Mutant(
         "a filler pack counts",
         "megasora/training/feed.py",

@@ -97,10 +97,11 @@ class ParallelConfig:
     """Double blocks recomputed per stage when recompute=count."""
     recompute_single_blocks: int = 0
     """Single blocks recomputed per stage when recompute=count."""
-    overlap_grad_reduce: bool = False
-    """Overlap the data-parallel gradient reduction with the backward pass."""
-    overlap_param_gather: bool = False
-    """Overlap the distributed optimizer's (ZeRO-1, always on) parameter gather with the forward pass (needs overlap_grad_reduce)."""
+    overlap_grad_reduce: bool | None = None
+    """Overlap the data-parallel gradient reduction with the backward pass; None: on CUDA when DP x CP > 1."""
+    overlap_param_gather: bool | None = None
+    """Overlap the distributed optimizer's (ZeRO-1, always on) parameter gather with the forward pass (needs overlap_grad_reduce);
+    None: where the gradient reduction overlaps by itself."""
     timeout_minutes: float = 30.0
     """How long a collective may wait before the job is ended."""
 
@@ -176,6 +177,9 @@ class DataConfig:
     """A clip that takes longer is skipped (weight 0), and a thread that hangs in it is replaced."""
     prefetch_steps: int = 2
     """Steps whose clips are decoded ahead."""
+    encode_ahead: bool | None = None
+    """Encode or read the next step's clips in a thread, on a CUDA stream of its own, while a step trains: the encoders' memory adds to the
+    model's. None: on CUDA; on the CPU the thread would take the cores that train."""
     dropout_t5: float = 0.316
     """Probability that a sample trains without its T5 text. Open-Sora configs/diffusion/train: dropout_ratio t5."""
     dropout_clip: float = 0.316

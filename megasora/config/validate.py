@@ -170,7 +170,7 @@ def _schedule(config: RunConfig, world_size: int) -> Iterator[Problem]:
             message=f"{data.num_microbatches} is not a multiple of PP {pp}, which interleaving needs",
             cure=f"use {max(1, -(-data.num_microbatches // pp)) * pp}",
         )
-    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+    if parallel.overlap_param_gather and parallel.overlap_grad_reduce is False:
         yield Problem(
             field="parallel.overlap_param_gather", message="needs overlap_grad_reduce", cure="add --parallel.overlap_grad_reduce True"
         )

@@ -96,6 +96,7 @@ class Sampler:
             cp_rank=context.at.cp,
             device=context.device,
         )
+        pack.prepare(context.context.members)
         places, tokens = pack.video_tokens_of(0)
         channels = self.model.in_channels
         key = key_of(seed=settings.seed, stream=Stream.SAMPLE, sample=number)
@@ -144,10 +145,10 @@ class Sampler:
             inputs = ModelInputs(
                 img=x.to(dtype),
                 txt=texts[text_on],
-                t=torch.tensor([t], device=pack.device),
+                t=torch.full((1,), t, device=pack.device),
                 y_vec=vecs[text_on][None].to(pack.device, dtype),
                 cond=(with_image if image_on else without) if self.model.cond_embed else None,
-                guidance=torch.tensor([self.settings.guidance], device=pack.device) if self.model.guidance_embed else None,
+                guidance=torch.full((1,), self.settings.guidance, device=pack.device) if self.model.guidance_embed else None,
             )
             return self._evaluate(inputs, pack).to(x.dtype)
 

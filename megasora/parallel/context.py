@@ -7,6 +7,8 @@ ring, each chunk's result is merged by its log-sum-exp. CP = U x R runs Ulysses 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -55,12 +57,10 @@ class _Ring(torch.autograd.Function):
         merged: ChunkResult | None = None
         chunk = torch.stack([k, v])
         for step in range(size):
-            handles, incoming = _pass_on(chunk, group) if step < size - 1 else ([], chunk)
+            hop = _pass_on(chunk, group) if step < size - 1 else None
             part = chunk_forward(q, chunk[0], chunk[1], q_lengths=lengths[rank], k_lengths=lengths[(rank - step) % size])
             merged = part if merged is None else _merge(merged, part)
-            for handle in handles:
-                handle.wait()
-            chunk = incoming
+            chunk = chunk if hop is None else hop.arrive()
         assert merged is not None, "a ring has at least one member"
         out = merged.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, merged.lse)
@@ -74,10 +74,11 @@ class _Ring(torch.autograd.Function):
         group, lengths = ctx.group, ctx.lengths  # type: ignore[attr-defined]
         rank, size = group.rank(), group.size()
         chunk = torch.stack([k, v])
-        grad_chunk = torch.zeros_like(chunk, dtype=lse.dtype)
         grad_q = torch.zeros_like(q, dtype=lse.dtype)
+        grad_chunk = torch.zeros_like(chunk, dtype=lse.dtype)
+        travelling: _Hop | None = None
         for step in range(size):
-            handles, incoming = _pass_on(chunk, group) if step < size - 1 else ([], chunk)
+            hop = _pass_on(chunk, group) if step < size - 1 else None
             parts = chunk_backward(
                 grad,
                 q,
@@ -88,26 +89,42 @@ class _Ring(torch.autograd.Function):
                 k_lengths=lengths[(rank - step) % size],
             )
             grad_q += parts[0]
+            if travelling is not None:  # what the members before have added for this chunk came while its own part was computed
+                grad_chunk = travelling.arrive()
             grad_chunk[0] += parts[1]
             grad_chunk[1] += parts[2]
-            for handle in handles:
-                handle.wait()
-            chunk = incoming
+            chunk = chunk if hop is None else hop.arrive()
             if size > 1:  # gradients follow their keys around and after `size` hops are home
-                handles, grad_chunk = _pass_on(grad_chunk, group)
-                for handle in handles:
-                    handle.wait()
+                travelling = _pass_on(grad_chunk, group)
+        if travelling is not None:
+            grad_chunk = travelling.arrive()
         return grad_q.to(q.dtype), grad_chunk[0].to(k.dtype), grad_chunk[1].to(v.dtype), None, None
 
 
-def _pass_on(tensor: Tensor, group: dist.ProcessGroup) -> tuple[list[dist.Work], Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class _Hop:
+    """A tensor on its way to the next ring member, and the previous one's on its way here."""
+
+    handles: list[dist.Work]
+    sent: Tensor
+    """Kept: its memory must not be used again before it has left."""
+    received: Tensor
+
+    def arrive(self) -> Tensor:
+        """What was received; the current stream (on the CPU: this thread) goes on when both messages are through."""
+        for handle in self.handles:
+            handle.wait()
+        return self.received
+
+
+def _pass_on(tensor: Tensor, group: dist.ProcessGroup) -> _Hop:
     """Start sending `tensor` to the next ring member and receiving the previous one's."""
     rank, size = group.rank(), group.size()
-    received = torch.empty_like(tensor)
+    sent, received = tensor.contiguous(), torch.empty_like(tensor)
     following, previous = dist.get_global_rank(group, (rank + 1) % size), dist.get_global_rank(group, (rank - 1) % size)
-    send = dist.P2POp(dist.isend, tensor.contiguous(), following, group)
+    send = dist.P2POp(dist.isend, sent, following, group)
     receive = dist.P2POp(dist.irecv, received, previous, group)
-    return dist.batch_isend_irecv([send, receive]), received
+    return _Hop(handles=dist.batch_isend_irecv([send, receive]), sent=sent, received=received)
 
 
 def _merge(a: ChunkResult, b: ChunkResult) -> ChunkResult:

@@ -32,6 +32,11 @@ class ContextGroups:
     ulysses_rank: int
     ring_rank: int
 
+    @property
+    def members(self) -> list[range]:
+        """Context ranks of each ring member: their tokens are attended together."""
+        return [range(number * self.ulysses_size, (number + 1) * self.ulysses_size) for number in range(self.ring_size)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:

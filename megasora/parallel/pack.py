@@ -14,14 +14,18 @@ This file is arithmetic on indices: no process group, no communication. Shape le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from megasora.config.errors import UserError
+from megasora.parallel.transfer import send_tables
+
+Table = TypeVar("Table")
 
 TILE_TOKENS = 64
 """Tokens that one program of a kernel sums before samples are summed: its partial sums are 8 / (2 x 64) of a bf16 tensor's bytes."""
@@ -80,24 +84,19 @@ class Runs:
     num_samples: int
     bounds: tuple[tuple[int, int, int], ...]
     """(first token, token after the last, sample) of each stretch of one sample's tokens, in order; host numbers."""
+    tiles: Tensor
+    """int32 [tiles, 3]: (first token, token after the last, sample); at most TILE_TOKENS tokens, all of one sample."""
 
     @classmethod
-    def of(cls, sample: Tensor, *, num_samples: int, device: torch.device | str = "cpu") -> Runs:
-        """Runs of a host tensor, int64 [s], that names each token's sample."""
+    def of(cls, sample: Tensor, *, num_samples: int) -> Runs:
+        """Runs of a host tensor, int64 [s], that names each token's sample; its tensors are on the host too."""
         samples, counts = torch.unique_consecutive(sample, return_counts=True)
         stops = counts.cumsum(0).tolist()
-        bounds = zip([0, *stops], stops, samples.tolist(), strict=False)
-        return cls(index=sample.to(device), num_samples=num_samples, bounds=tuple(bounds))
-
-    @cached_property
-    def tiles(self) -> Tensor:
-        """int32 [tiles, 3]: (first token, token after the last, sample); at most TILE_TOKENS tokens, all of one sample."""
-        cuts = [
-            (first, min(first + TILE_TOKENS, stop), sample)
-            for start, stop, sample in self.bounds
-            for first in range(start, stop, TILE_TOKENS)
+        bounds = tuple(zip([0, *stops], stops, samples.tolist(), strict=False))
+        tiles = [
+            (first, min(first + TILE_TOKENS, stop), number) for start, stop, number in bounds for first in range(start, stop, TILE_TOKENS)
         ]
-        return torch.tensor(cuts, dtype=torch.int32).view(-1, 3).to(self.index.device)
+        return cls(index=sample, num_samples=num_samples, bounds=bounds, tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 3))
 
     @cached_property
     def tile_one_hot(self) -> Tensor:
@@ -196,72 +195,101 @@ class Pack:
         """Samples of the pack, without the dummy."""
         return len(self.samples)
 
+    def prepare(self, cp_ranks: Iterable[Sequence[int]]) -> None:
+        """Make what the model asks of this pack, and send it to the device in one copy, before the step starts.
+
+        Asked for later it is sent piece by piece, still without making the host wait, but the device waits for the host's arithmetic.
+
+        Args:
+            cp_ranks: context ranks whose joint orders are attended together, one entry per `attention_order` to come.
+        """
+        keys = [tuple(ranks) for ranks in cp_ranks]
+        streams = (self._text_sample, self._video_sample)
+        tables = [self._make_positions(), *map(self._make_runs, streams), self._make_runs(*streams)]
+        sent = send_tables([*tables, *map(self._build_order, keys)], device=self.device)
+        self.positions, self.text_runs, self.video_runs, self.joint_runs = sent[:4]
+        self._orders.update(zip(keys, sent[4:], strict=True))
+
+    def _send(self, table: Table) -> Table:
+        (sent,) = send_tables([table], device=self.device)
+        result: Table = sent
+        return result
+
     @cached_property
     def text_index(self) -> Tensor:
         """int64 [num_text]: place in the padded text stream of each text token of this share."""
-        return self._share_index(self.text_length).to(self.device)
+        return _arange(self._share(self.text_length), device=self.device)
 
     @cached_property
     def video_index(self) -> Tensor:
         """int64 [num_video]: place in the padded video stream of each video token of this share."""
-        return self._share_index(self.video_length).to(self.device)
+        return _arange(self._share(self.video_length), device=self.device)
 
-    def _share_index(self, length: int, *, tp_rank: int | None = None, cp_rank: int | None = None) -> Tensor:
+    def _share(self, length: int, *, tp_rank: int | None = None, cp_rank: int | None = None) -> range:
+        """Places in a padded stream of the tokens of a share, this rank's if no other is named."""
         tp_rank = self.tp_rank if tp_rank is None else tp_rank
         cp_rank = self.cp_rank if cp_rank is None else cp_rank
-        of_context_rank = torch.arange(cp_rank, length, self.split.cp)
-        return of_context_rank.chunk(self.split.tp)[tp_rank]
+        return range(cp_rank, length, self.split.cp)[_part(length // self.split.cp, tp_rank, self.split.tp)]
 
-    def _runs(self, sample: Tensor) -> Runs:
-        return Runs.of(sample.clamp(max=self.num_samples - 1), num_samples=self.num_samples, device=self.device)
+    def _of_share(self, sample: Tensor) -> Tensor:
+        """Sample of each token of this share of a stream."""
+        share = self._share(len(sample))
+        return sample[share.start : share.stop : share.step].clamp(max=self.num_samples - 1)
+
+    def _make_runs(self, *streams: Tensor) -> Runs:
+        return Runs.of(torch.cat([self._of_share(stream) for stream in streams]), num_samples=self.num_samples)
 
     @cached_property
     def text_runs(self) -> Runs:
         """Sample of each text token of this share."""
-        return self._runs(self._text_sample[self._share_index(self.text_length)])
+        return self._send(self._make_runs(self._text_sample))
 
     @cached_property
     def video_runs(self) -> Runs:
         """Sample of each video token of this share."""
-        return self._runs(self._video_sample[self._share_index(self.video_length)])
+        return self._send(self._make_runs(self._video_sample))
 
     @cached_property
     def joint_runs(self) -> Runs:
         """Sample of each token of this share, text first."""
-        shares = (self._text_sample[self._share_index(self.text_length)], self._video_sample[self._share_index(self.video_length)])
-        return self._runs(torch.cat(shares))
+        return self._send(self._make_runs(self._text_sample, self._video_sample))
 
-    def video_tokens_of(self, sample: int) -> tuple[Tensor, Tensor]:
-        """Where this share holds video tokens of one sample.
+    def video_part(self, sample: int) -> tuple[slice, slice]:
+        """Where this share holds video tokens of one sample: they stand together, and are every CP-th of the sample's.
 
         Returns:
-            (places in the share's video tokens, token numbers within the sample), both int64.
+            (places in the share's video tokens, token numbers within the sample).
         """
-        return self._tokens_of(sample, self.video_index, [shape.video_tokens for shape in self.samples])
+        return _part_of(sample, self._share(self.video_length), [shape.video_tokens for shape in self.samples])
+
+    def text_part(self, sample: int) -> tuple[slice, slice]:
+        """Where this share holds text tokens of one sample; see `video_part`."""
+        return _part_of(sample, self._share(self.text_length), [shape.text_tokens for shape in self.samples])
+
+    def video_tokens_of(self, sample: int) -> tuple[Tensor, Tensor]:
+        """`video_part` as two int64 tensors, made on the device."""
+        places, tokens = (_arange(part, device=self.device) for part in self.video_part(sample))
+        return places, tokens
 
     def text_tokens_of(self, sample: int) -> tuple[Tensor, Tensor]:
-        """Where this share holds text tokens of one sample; see `video_tokens_of`."""
-        return self._tokens_of(sample, self.text_index, [shape.text_tokens for shape in self.samples])
-
-    def _tokens_of(self, sample: int, index: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        start = sum(lengths[:sample])
-        places = ((index >= start) & (index < start + lengths[sample])).nonzero().squeeze(1)
-        return places, index[places] - start
+        """`text_part` as two int64 tensors, made on the device."""
+        places, tokens = (_arange(part, device=self.device) for part in self.text_part(sample))
+        return places, tokens
 
     def joint_stream_index(self, cp_ranks: Sequence[int]) -> Tensor:
         """Place of each token in the stream [padded text; padded video] for the joint orders of `cp_ranks`, one after the other."""
         parts: list[Tensor] = []
         for cp_rank in cp_ranks:
             for tp_rank in range(self.split.tp):
-                parts.append(self._share_index(self.text_length, tp_rank=tp_rank, cp_rank=cp_rank))
-                parts.append(self._share_index(self.video_length, tp_rank=tp_rank, cp_rank=cp_rank) + self.text_length)
+                parts.append(_arange(self._share(self.text_length, tp_rank=tp_rank, cp_rank=cp_rank)))
+                parts.append(_arange(self._share(self.video_length, tp_rank=tp_rank, cp_rank=cp_rank)) + self.text_length)
         return torch.cat(parts)
 
     def attention_order(self, cp_ranks: Sequence[int]) -> AttentionOrder:
         """Grouping by sample of the joint orders of `cp_ranks` (cached)."""
         key = tuple(cp_ranks)
         if key not in self._orders:
-            self._orders[key] = self._build_order(key)
+            self._orders[key] = self._send(self._build_order(key))
         return self._orders[key]
 
     @cached_property
@@ -273,13 +301,13 @@ class Pack:
         lengths = tuple(torch.bincount(sample, minlength=self.num_samples + 1).tolist())
         if lengths[-1] == 0:
             lengths = lengths[:-1]
-        cu_seqlens = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device)
+        cu_seqlens = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         if len(lengths) == 1:
             return AttentionOrder(index=None, inverse=None, lengths=lengths, cu_seqlens=cu_seqlens)
         index = torch.argsort(sample, stable=True)
         inverse = torch.empty_like(index)
         inverse[index] = torch.arange(len(index))
-        return AttentionOrder(index=index.to(self.device), inverse=inverse.to(self.device), lengths=lengths, cu_seqlens=cu_seqlens)
+        return AttentionOrder(index=index, inverse=inverse, lengths=lengths, cu_seqlens=cu_seqlens)
 
     def head_rows(self, cp_ranks: Sequence[int] | None) -> HeadRows:
         """Where this context rank's tokens go (cached): to `attention_order(cp_ranks)`, an order of its own tokens alone, or (None) to
@@ -320,13 +348,36 @@ class Pack:
     @cached_property
     def positions(self) -> Tensor:
         """float64 [S, 3]: (t, h, w) of each token of this context rank in joint order; text and dummy tokens stand at 0 (FLUX)."""
+        return self._send(self._make_positions())
+
+    def _make_positions(self) -> Tensor:
         stream = torch.zeros(self.text_length + self.video_length, 3, dtype=torch.float64)
         start = self.text_length
         for sample in self.samples:
             axes = [torch.arange(extent, dtype=torch.float64) for extent in sample.grid]
             stream[start : start + sample.video_tokens] = torch.cartesian_prod(*axes).reshape(-1, 3)
             start += sample.video_tokens
-        return stream[self.joint_stream_index([self.cp_rank])].to(self.device)
+        return stream[self.joint_stream_index([self.cp_rank])]
+
+
+def _part(length: int, number: int, parts: int) -> slice:
+    """One of `parts` equal runs of [0, length)."""
+    return slice(length * number // parts, length * (number + 1) // parts)
+
+
+def _arange(numbers: range | slice, *, device: torch.device | None = None) -> Tensor:
+    """int64 numbers, made where they are wanted: nothing is copied."""
+    return torch.arange(numbers.start, numbers.stop, numbers.step or 1, device=device)
+
+
+def _part_of(sample: int, share: range, lengths: list[int]) -> tuple[slice, slice]:
+    """(places in the share, token numbers within the sample) of one sample's tokens in a share of a stream of samples."""
+    start = sum(lengths[:sample])
+    first, stop = (min(len(range(share.start, place, share.step)), len(share)) for place in (start, start + lengths[sample]))
+    tokens = share[first:stop]
+    if not tokens:
+        return slice(first, first, 1), slice(0, 0, share.step)
+    return slice(first, stop, 1), slice(tokens.start - start, tokens[-1] - start + 1, share.step)
 
 
 def _sample_of_each(lengths: list[int], padded: int) -> Tensor:

@@ -53,7 +53,7 @@ def opensora2_stage1() -> RunConfig:
     return RunConfig(
         recipe="opensora2_stage1",
         # DP 224 without model parallelism would hold 72 GB of state (facts: DP224); recompute keeps 129-frame activations small
-        parallel=ParallelConfig(recompute="full", overlap_grad_reduce=True, overlap_param_gather=True),
+        parallel=ParallelConfig(recompute="full"),
         data=DataConfig(
             # 3 clips of 129 frames per GPU x 224 GPUs (OS2 section 4)
             global_tokens=3 * 224 * TOKENS_256PX_129F,

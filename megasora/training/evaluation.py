@@ -118,7 +118,8 @@ class Evaluator:
     def _microbatch(self, held_out: HeldOut | None, *, t: float) -> MicroBatch:
         real = held_out or self.held_out[0]
         at, topology = self.context.at, self.context.topology
-        cond = torch.zeros(len(real.tokens), self.config.model.cond_channels) if self.config.model.cond_embed else None
+        shape = (len(real.tokens), self.config.model.cond_channels)
+        cond = torch.zeros(shape, device=self.context.device) if self.config.model.cond_embed else None
         sample = TrainingSample(
             tokens=real.tokens,
             text=real.text,
@@ -135,6 +136,7 @@ class Evaluator:
             cp_rank=at.cp,
             device=self.context.device,
         )
+        pack.prepare(self.context.context.members)
         return build_microbatch(
             pack,
             [sample],

@@ -3,6 +3,9 @@
 Within one replica (TP x CP x PP ranks) whole clips are dealt out to the ranks, each encodes or reads only its own, and one all-gather
 gives every rank all latents and texts; nothing is encoded twice. A clip that fails travels as a zero flag in the same message, so all ranks
 agree about it before the step starts.
+
+With data.encode_ahead a thread encodes the next step while this one trains. The all-gather stays on the caller's thread: the collectives of
+a group must be started in the same order on all its ranks, and a step's are started there.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
+from megasora.parallel.transfer import send
+from megasora.training.ahead import Ahead
 from megasora.training.material import Material, scaled_latents
 from megasora.training.microbatch import TrainingSample, build_microbatch
 from megasora.training.samples import SampleSource
@@ -48,13 +53,13 @@ class StepBatch:
     skipped: tuple[tuple[str, str], ...]
     """(clip id, reason) of this rank's own clips that failed."""
     wait_s: float
-    """Time this rank waited for its clips."""
+    """Time this rank waited for its clips, and for the encoders when they work ahead."""
     frames: int
     """Frames this rank decoded."""
     decode_s: float
     """Time its threads took for them, summed."""
     encode_s: float
-    """Time this rank spent in the encoders, or on reading the cache's tensors."""
+    """Time this rank spent in the encoders, or on reading the cache's tensors, ahead of the step or not."""
     balance: Balance
 
 
@@ -66,6 +71,20 @@ class Balance:
     """Padding over all tokens computed."""
     imbalance: float
     """Work of the busiest replica over the mean; the step waits for the busiest."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Encoded:
+    """This rank's share of a step, before the exchange."""
+
+    planned: _Planned
+    clips: dict[int, dict[str, Tensor]]
+    """Place in the step -> what travels for it."""
+    skipped: tuple[tuple[str, str], ...]
+    wait_s: float
+    frames: int
+    decode_s: float
+    encode_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,36 +146,60 @@ class Feeder:
             device=context.device,
         )
 
+        ahead = context.device.type == "cuda" if config.data.encode_ahead is None else config.data.encode_ahead
+        self._ahead = Ahead(self._encode(), tensors=_tensors, device=context.device) if ahead else None
+
     def __iter__(self) -> Iterator[StepBatch]:
         """Steps until last_step."""
+        for step in self._encode() if self._ahead is None else self._ahead:
+            everything = self._exchange(step.planned, step.clips)
+            weights = _weights(everything)
+            plan = step.planned.plan
+            yield StepBatch(
+                batches=[self._microbatch(step.planned, pack, everything, weights) for pack in step.planned.packs],
+                plan=plan,
+                tokens=sum(self._tokens[sample] for sample in plan.samples),
+                flops_tokens=tuple(self._tokens[sample] for sample in plan.samples),
+                skipped=step.skipped,
+                wait_s=step.wait_s if self._ahead is None else self._ahead.wait_s,
+                frames=step.frames,
+                decode_s=step.decode_s,
+                encode_s=step.encode_s,
+                balance=step.planned.balance,
+            )
+
+    def settle(self) -> None:
+        """Wait until nothing here uses the encoders, which belong to the caller until the next step is taken."""
+        if self._ahead is not None:
+            self._ahead.settle()
+
+    def close(self) -> None:
+        """Stop working ahead."""
+        self._source.close()  # first: the thread may be waiting for a clip
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _encode(self) -> Iterator[_Encoded]:
+        """This rank's clips of each step; no collective in it, for a thread may run it."""
         for loaded in self._source:
             planned = self._planned.popleft()
-            encoded: dict[int, dict[str, Tensor]] = {}
+            clips: dict[int, dict[str, Tensor]] = {}
             skipped: list[tuple[str, str]] = []
             started = time.perf_counter()
             for place, material in zip(planned.own, loaded.clips, strict=True):
                 if isinstance(material, str):
                     skipped.append((self.clips[planned.plan.samples[place]].clip.id, material))
                 else:
-                    encoded[place] = self._draw(planned, place, material)
-            drawn_s = time.perf_counter() - started
-            everything = self._exchange(planned, encoded)
-            yield StepBatch(
-                batches=[self._microbatch(planned, pack, everything) for pack in planned.packs],
-                plan=planned.plan,
-                tokens=sum(self._tokens[sample] for sample in planned.plan.samples),
-                flops_tokens=tuple(self._tokens[sample] for sample in planned.plan.samples),
+                    clips[place] = self._draw(planned, place, material)
+            yield _Encoded(
+                planned=planned,
+                clips=clips,
                 skipped=tuple(skipped),
                 wait_s=loaded.wait_s,
                 frames=loaded.frames,
                 decode_s=loaded.decode_s,
-                encode_s=loaded.encode_s + drawn_s,
-                balance=planned.balance,
+                encode_s=loaded.encode_s + time.perf_counter() - started,
             )
-
-    def close(self) -> None:
-        """Stop working ahead."""
-        self._source.close()
 
     def _own_samples(self, state: SamplerState, first_step: int, last_step: int) -> Iterator[list[int]]:
         data, topology = self.config.data, self.context.topology
@@ -218,7 +261,7 @@ class Feeder:
         null_text, null_vec = self._source.null
         result["text"] = null_text if drop_t5 else material.text
         result["vec"] = null_vec if drop_clip else material.vec
-        return result
+        return dict(zip(result, send(list(result.values()), device=self.context.device), strict=True))
 
     def _shapes(self, clip: PlannedClip) -> dict[str, tuple[int, ...]]:
         """Shapes of what travels for a clip, in order."""
@@ -255,18 +298,22 @@ class Feeder:
                 position += lengths[place]
         return everything
 
-    def _microbatch(self, planned: _Planned, pack: tuple[int, ...], everything: dict[int, dict[str, Tensor]]) -> MicroBatch:
-        samples = [self._sample(planned, place, everything[place]) for place in pack] or [self._filler()]
-        clips = [self.clips[planned.plan.samples[place]] for place in pack] or [self._smallest]
+    def _microbatch(
+        self, planned: _Planned, places: tuple[int, ...], everything: dict[int, dict[str, Tensor]], weights: dict[int, float]
+    ) -> MicroBatch:
+        samples = [self._sample(planned, place, everything[place], weight=weights[place]) for place in places] or [self._filler()]
+        clips = [self.clips[planned.plan.samples[place]] for place in places] or [self._smallest]
         at, topology = self.context.at, self.context.topology
+        pack = Pack(
+            [SampleShape(text_tokens=clip.text_tokens, grid=clip.grid) for clip in clips],
+            split=self._split,
+            tp_rank=at.tp,
+            cp_rank=at.cp,
+            device=self.context.device,
+        )
+        pack.prepare(self.context.context.members)
         return build_microbatch(
-            Pack(
-                [SampleShape(text_tokens=clip.text_tokens, grid=clip.grid) for clip in clips],
-                split=self._split,
-                tp_rank=at.tp,
-                cp_rank=at.cp,
-                device=self.context.device,
-            ),
+            pack,
             samples,
             sigma_min=self.config.flow.sigma_min,
             dtype=self.dtype,
@@ -274,7 +321,7 @@ class Feeder:
             last_stage=at.pp == topology.pp - 1,
         )
 
-    def _sample(self, planned: _Planned, place: int, parts: dict[str, Tensor]) -> TrainingSample:
+    def _sample(self, planned: _Planned, place: int, parts: dict[str, Tensor], *, weight: float) -> TrainingSample:
         clip = self.clips[planned.plan.samples[place]]
         flow, patch = self.config.flow, self.config.model.patch_size
         frames, height, width = clip.grid
@@ -286,7 +333,7 @@ class Feeder:
             cond=parts.get("cond"),
             t=training_time(normal(key=self._key(planned, place, Stream.TIMESTEP)), shift=shift),
             noise_key=self._key(planned, place, Stream.NOISE),
-            weight=float(parts["ok"]),
+            weight=weight,
         )
 
     @cached_property
@@ -308,6 +355,17 @@ class Feeder:
         )
 
 
+def _tensors(step: _Encoded) -> Iterator[Tensor]:
+    for parts in step.clips.values():
+        yield from parts.values()
+
+
+def _weights(everything: dict[int, dict[str, Tensor]]) -> dict[int, float]:
+    """The flag of each clip of the step, on the host: the one time that a step's clips make it wait."""
+    flags = torch.cat([parts["ok"] for parts in everything.values()]).tolist() if everything else []
+    return dict(zip(everything, flags, strict=True))
+
+
 def _write(
     buffer: Tensor,
     own: list[int],
@@ -320,6 +378,6 @@ def _write(
     for place in own:
         if place in encoded:
             parts = {"ok": torch.ones(1, device=buffer.device), **encoded[place]}
-            flat = torch.cat([parts[name].reshape(-1).to(buffer) for name in shapes[place]])
+            flat = torch.cat([parts[name].reshape(-1).to(buffer.dtype) for name in shapes[place]])
             buffer[position : position + lengths[place]] = flat
         position += lengths[place]

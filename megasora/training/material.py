@@ -13,6 +13,7 @@ from megasora.data.cache.layout import latent_names
 from megasora.diffusion.conditions import GivenFrames
 from megasora.models.encoders.posterior import Posterior
 from megasora.models.encoders.vae import HunyuanVAE
+from megasora.parallel.transfer import send
 
 
 class LatentMaterial(Protocol):
@@ -47,8 +48,8 @@ class StoredClip:
         place = None if run is None else (run.start, run.count)
         (sample,) = latent_names("sampled", place)
         if sample in self.tensors:
-            return self.tensors[sample].to(self.device)
-        mean, std = (self.tensors[name].to(self.device) for name in latent_names("mean_std", place))
+            return send([self.tensors[sample]], device=self.device)[0]
+        mean, std = send([self.tensors[name] for name in latent_names("mean_std", place)], device=self.device)
         return Posterior(mean=mean, std=std)
 
 

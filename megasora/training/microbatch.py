@@ -17,6 +17,7 @@ from megasora.diffusion.philox import normal_at
 from megasora.models.mmdit.model import ModelInputs
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.pack import Pack
+from megasora.parallel.transfer import send
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,10 @@ def build_microbatch(
     weight = torch.zeros(pack.num_video, dtype=wide, device=pack.device)
     if first_stage or last_stage:
         for number, sample in enumerate(samples):
-            places, tokens = pack.video_tokens_of(number)
-            x_0 = sample.tokens.to(pack.device).index_select(0, tokens).to(wide)
-            elements = tokens[:, None] * channels + torch.arange(channels, device=pack.device)
+            places, tokens = pack.video_part(number)
+            x_0 = sample.tokens.to(pack.device)[tokens].to(wide)
+            numbers = torch.arange(tokens.start, tokens.stop, tokens.step, device=pack.device)
+            elements = numbers[:, None] * channels + torch.arange(channels, device=pack.device)
             x_1 = normal_at(elements, key=sample.noise_key, dtype=wide)
             noised[places] = interpolate(x_0, x_1, sample.t, sigma_min=sigma_min)
             target[places] = velocity_target(x_0, x_1, sigma_min=sigma_min)
@@ -86,16 +88,17 @@ def _model_inputs(pack: Pack, samples: Sequence[TrainingSample], noised: Tensor,
     with_cond = samples[0].cond
     cond = None if with_cond is None else torch.zeros(pack.num_video, with_cond.shape[1], dtype=dtype, device=pack.device)
     for number, sample in enumerate(samples):
-        places, tokens = pack.text_tokens_of(number)
-        text[places] = sample.text.to(pack.device, dtype).index_select(0, tokens)
+        places, tokens = pack.text_part(number)
+        text[places] = sample.text.to(pack.device)[tokens].to(dtype)
         if cond is not None:
             assert sample.cond is not None, "all samples of a pack have condition tokens or none has"
-            places, tokens = pack.video_tokens_of(number)
-            cond[places] = sample.cond.to(pack.device, dtype).index_select(0, tokens)
+            places, tokens = pack.video_part(number)
+            cond[places] = sample.cond.to(pack.device)[tokens].to(dtype)
+    (t,) = send([torch.tensor([sample.t for sample in samples], dtype=wide)], device=pack.device)
     return ModelInputs(
         img=noised.to(dtype),
         txt=text,
-        t=torch.tensor([sample.t for sample in samples], dtype=wide, device=pack.device),
+        t=t,
         y_vec=torch.stack([sample.vec.to(pack.device, dtype) for sample in samples]),
         cond=cond,
     )
@@ -114,4 +117,5 @@ def velocity_loss(output: Tensor, batch: MicroBatch, *, context_rank: int) -> tu
     error = output.to(batch.target.dtype) - batch.target
     loss = (error.square().sum(-1) * batch.weight).sum()
     counted = batch.num_counted if context_rank == 0 else 0
-    return loss, torch.tensor(counted, dtype=torch.int32, device=output.device), loss.detach()
+    # filled, not copied: a tensor made from a number would make the host wait
+    return loss, torch.full((), counted, dtype=torch.int32, device=output.device), loss.detach()

@@ -21,15 +21,42 @@ from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Which of the data-parallel messages run beside the computation."""
+
+    grad_reduce: bool
+    param_gather: bool
+
+
+def overlap_of(parallel: ParallelConfig, *, on_cuda: bool, replicas: int) -> Overlap:
+    """The settings, or what they are by themselves.
+
+    Megatron gathers parameters beside the forward pass only where it reduces gradients beside the backward pass, so asking for the former
+    turns the latter on.
+
+    Args:
+        parallel: the run's; an explicit value wins.
+        on_cuda: gloo's messages take the cores that compute: on the CPU nothing overlaps by itself.
+        replicas: ranks that hold the same parameters, DP x CP.
+    """
+    by_itself = on_cuda and replicas > 1
+    reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    grad_reduce = (by_itself or gather is True) if reduce is None else reduce
+    return Overlap(grad_reduce=grad_reduce, param_gather=(by_itself and grad_reduce) if gather is None else gather)
+
+
 def wrap_for_training(
     chunks: Sequence[MMDiT], *, config: TransformerConfig, parallel: ParallelConfig, context: ParallelContext
 ) -> list[DistributedDataParallel]:
     """Wrap the chunks in Megatron's DDP with fp32 gradient reduction and hook up the gradient finaliser."""
+    topology = context.topology
+    overlap = overlap_of(parallel, on_cuda=context.device.type == "cuda", replicas=topology.dp * topology.cp)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
     )
     wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=context.pg_collection)
@@ -37,24 +64,22 @@ def wrap_for_training(
     ]
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
-    if parallel.overlap_grad_reduce and len(wrapped) > 1:
+    if overlap.grad_reduce and len(wrapped) > 1:
         config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
-    if parallel.overlap_param_gather and len(wrapped) > 1:
+    if overlap.param_gather and len(wrapped) > 1:
         config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
 
 
-def sync_parameters(wrapped: Sequence[DistributedDataParallel], *, parallel: ParallelConfig) -> None:
+def sync_parameters(wrapped: Sequence[DistributedDataParallel]) -> None:
     """Finish the optimizer's parameter gather: with overlap_param_gather it waits for the next training forward, and whoever looks at the
     parameters before (evaluation, checkpoint) would see the old ones."""
-    if parallel.overlap_param_gather:
-        for chunk in wrapped:
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
 
-def build_optimizer(
-    wrapped: Sequence[DistributedDataParallel], *, optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype
-) -> MegatronOptimizer:
+def build_optimizer(wrapped: Sequence[DistributedDataParallel], *, optimizer: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizer:
     """Megatron's distributed Adam over the wrapped chunks; biases and norm scales are not decayed."""
     built = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -68,7 +93,7 @@ def build_optimizer(
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
-            overlap_param_gather=parallel.overlap_param_gather,
+            overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
         ),
         list(wrapped),
         use_gloo_process_groups=False,  # they gather checkpoints in host memory; ours are written as rectangles, in place

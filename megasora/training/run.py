@@ -44,6 +44,7 @@ from megasora.models.sampler import Sampler
 from megasora.parallel import groups
 from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.parallel.groups import ParallelContext
+from megasora.parallel.transfer import send
 from megasora.perf.flops import training_flops
 from megasora.perf.peaks import peak_bf16_tflops
 from megasora.training.assets import with_assets
@@ -180,7 +181,7 @@ def build_trainee(config: RunConfig, *, context: ParallelContext) -> Trainee:
     """Model chunks, DDP, optimizer and EMA of this rank; weights are not set yet."""
     chunks, megatron_config = build_chunks(config.model, config.parallel, config.precision, context=context)
     wrapped = wrap_for_training(chunks, config=megatron_config, parallel=config.parallel, context=context)
-    optimizer = build_optimizer(wrapped, optimizer=config.optimizer, parallel=config.parallel, dtype=megatron_config.params_dtype)
+    optimizer = build_optimizer(wrapped, optimizer=config.optimizer, dtype=megatron_config.params_dtype)
     ema = EMA(optimizer, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay > 0 else None
     return Trainee(chunks=chunks, wrapped=wrapped, megatron_config=megatron_config, optimizer=optimizer, ema=ema)
 
@@ -355,10 +356,11 @@ def _loop(
             save = last or (interval > 0 and trainee.step % interval == 0)
             sample = sampler is not None and (last or trainee.step % config.evaluation.sample_interval_steps == 0)
             if evaluate or save or sample:
-                sync_parameters(trainee.wrapped, parallel=config.parallel)
+                sync_parameters(trainee.wrapped)
             if evaluator is not None and evaluate:
                 events.append(_evaluation_event(evaluator, trainee))
             if sampler is not None and sample:
+                feeder.settle()
                 events.append(_sample_event(sampler, config=config, context=context, step=trainee.step, log=log))
             if save:
                 events.append(_save(trainee, root, config=config, context=context, manifest=manifest))
@@ -412,18 +414,21 @@ def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context
 
 
 def _agree(reports: list[torch.Tensor], batch: StepBatch, *, context: ParallelContext, stop: bool) -> tuple[float, int, int, bool, Feeding]:
-    """(mean loss, counted samples, failed clips, whether to stop, cost of the clips), the same on every rank."""
+    """(mean loss, counted samples, failed clips, whether to stop, cost of the clips), the same on every rank.
+
+    The only place of ours where the host waits for the device within a step: the losses are summed there and read with everything else.
+    """
     at = context.at
-    loss_sum = float(torch.stack(reports).double().sum()) if reports else 0.0
     counts_here = at.tp == 0 and at.cp == 0 and at.pp == 0
     counted = sum(micro.num_counted for micro in batch.batches) if counts_here else 0
-    sums = [loss_sum, counted, len(batch.skipped), float(stop), batch.frames, batch.decode_s]
-    facts = torch.tensor(sums, dtype=torch.float64, device=context.device)
-    dist.all_reduce(facts)
-    longest = torch.tensor([batch.wait_s, batch.encode_s], dtype=torch.float64, device=context.device)
+    on_host = torch.tensor([0.0, counted, len(batch.skipped), float(stop), batch.frames, batch.decode_s], dtype=torch.float64)
+    costs = torch.tensor([batch.wait_s, batch.encode_s], dtype=torch.float64)
+    sums, longest = send([on_host, costs], device=context.device)
+    if reports:
+        sums[0] = torch.stack(reports).double().sum()
+    dist.all_reduce(sums)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    total, count, failed, asked, frames, decode_s = facts.tolist()
-    wait_s, encode_s = longest.tolist()
+    total, count, failed, asked, frames, decode_s, wait_s, encode_s = torch.cat([sums, longest]).tolist()
     feeding = Feeding(wait_s=wait_s, encode_s=encode_s, frames=int(frames), decode_s=decode_s)
     return (total / count if count else math.nan), int(count), int(failed), asked > 0, feeding
 

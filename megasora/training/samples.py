@@ -25,6 +25,7 @@ from megasora.data.decoding.contract import Decoded, DecodeError, Decoder, norma
 from megasora.data.loader import ClipLoader, LoadedStep
 from megasora.data.plan import PlannedClip, request_of
 from megasora.models.encoders.bundle import Encoders
+from megasora.parallel.transfer import send
 from megasora.training.material import DecodedClip, LatentMaterial, Material, StoredClip
 
 
@@ -134,7 +135,10 @@ class SampleSource:
             latents = StoredClip(tensors=stored, device=self.device)
         else:
             assert isinstance(video, Tensor)
-            latents = DecodedClip(video=normalise(video.to(self.device)), vae=self.encoders.vae)
+            (pixels,) = send([video], device=self.device)
+            if pixels is video and video.is_cuda:  # decoded there by a thread, whose stream's memory it is
+                video.record_stream(torch.cuda.current_stream(self.device))
+            latents = DecodedClip(video=normalise(pixels), vae=self.encoders.vae)
         if self._has_text:
             assert isinstance(stored, dict)
             return Material(latents=latents, text=stored["t5"], vec=stored["clip"])

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megasora.parallel.cpu import CpuEvent, enable_cpu_backend
+
+if TYPE_CHECKING:
+    from tests.gpu_emulated.memory import EmulatedMemory
 
 CPU = torch.device("cpu")
 TE_FOLDER = Path(sys.prefix) / "te"
@@ -37,18 +41,31 @@ class Properties:
 class EmulatedCudaMode(TorchFunctionMode):
     """Replaces CUDA devices by the CPU wherever a tensor is made or moved, given by keyword or in place."""
 
+    memory: EmulatedMemory | None = None
+    """Who notes which tensors would lie on the device, when somebody asked (`memory.watch`)."""
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call `func` with CPU devices."""
-        if func == torch.Tensor.is_cuda.__get__:
-            return True
+        kwargs = kwargs or {}
         if func in (torch.autograd.backward, torch.Tensor.backward):
-            given = {**dict(zip(("tensors", "grad_tensors"), args, strict=False)), **(kwargs or {})}
+            given = {**dict(zip(("tensors", "grad_tensors"), args, strict=False)), **kwargs}
             return self._backward(given["tensors"], given.get("grad_tensors"))
-        if func is torch.device:  # a name of a device is no tensor on it
-            return func(*args, **(kwargs or {}))
-        changed = {name: CPU if name == "device" and isinstance(value, int) else _on_cpu(value) for name, value in (kwargs or {}).items()}
+        if func in (torch.device, torch._C._nn._parse_to):  # a name of a device is no tensor on it
+            return func(*args, **kwargs)
+        if self.memory is not None:
+            return self.memory.call(func, args, kwargs, lambda: self._on_cpu(func, args, kwargs))
+        return True if func == torch.Tensor.is_cuda.__get__ else self._on_cpu(func, args, kwargs)
+
+    def _on_cpu(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func is torch.Tensor.pin_memory:
+            return args[0].clone()
+        if func is torch.Tensor.record_stream:
+            return None
+        func = _KERNELS.get(func, func)
+        changed = {name: CPU if name == "device" and isinstance(value, int) else _on_cpu(value) for name, value in kwargs.items()}
+        changed.pop("pin_memory", None)
         return func(*map(_on_cpu, args), **changed)
 
     def _backward(self, tensors: Any, gradients: Any = None) -> None:
@@ -62,10 +79,29 @@ class EmulatedCudaMode(TorchFunctionMode):
             )
 
 
+def _flash_backward(*args: Any) -> Any:
+    """torch's CUDA kernel takes (grad, q, k, v, out, lse, cu_q, cu_k, longest_q, longest_k, dropout, causal, seed, offset)."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args[:6], args[10], args[11])
+
+
+_KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: _flash_backward,
+    torch.ops.aten._scaled_dot_product_efficient_attention: lambda q, k, v, *_: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v
+    ),
+}
+"""CUDA kernels that are asked for by name, and the CPU's for the same; used where `Tensor.device` says cuda."""
+
+
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, torch.device):
         return CPU if value.type == "cuda" else value
     return CPU if isinstance(value, str) and value.split(":")[0] == "cuda" else value
+
+
+MODE = EmulatedCudaMode()
+"""This process's; `emulate` enters it."""
 
 
 def emulate() -> None:
@@ -95,7 +131,8 @@ def emulate() -> None:
     _replace_wrappers()
     _replace_rng()
     _mend_interpreter()
-    EmulatedCudaMode().__enter__()
+    _replace_threads()
+    MODE.__enter__()
 
 
 def _replace_cuda_queries() -> None:
@@ -134,6 +171,17 @@ def _replace_wrappers() -> None:
         return real(cls, shape, *args, **{**kwargs, "device": CPU})
 
     torch.Tensor._make_wrapper_subclass = staticmethod(make)
+
+
+def _replace_threads() -> None:
+    """Function modes belong to a thread: each thread enters this process's."""
+    real = threading.Thread.run
+
+    def run(thread: threading.Thread) -> None:
+        with MODE, MODE.memory or nullcontext():
+            real(thread)
+
+    threading.Thread.run = run  # type: ignore[method-assign]
 
 
 def _replace_rng() -> None:

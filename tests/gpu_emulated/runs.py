@@ -33,6 +33,17 @@ def gpu_run(run_dir: Path, *, steps: int, parallel: ParallelConfig | None = None
     )
 
 
+def layout(tp: int = 1, pp: int = 1, cp: int = 1, vp: int | None = None, **more: Any) -> ParallelConfig:
+    """Sizes of the axes in short."""
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        virtual_pipeline_model_parallel_size=vp,
+        **more,
+    )
+
+
 def train_on_gpu(rank: int, config: RunConfig) -> dict[str, list[Any]]:
     """One rank of a run; what was called in the emulated extension, by kind."""
     CALLS.clear()

@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from megasora.checkpoint import store
+from megasora.checkpoint.source import open_source
 from megasora.config.io import load_yaml
 from megasora.config.schema import ParallelConfig, RunConfig
-from tests.gpu_emulated.runs import gpu_run, sample_on_gpu, train_on_gpu
+from tests.gpu_emulated.runs import gpu_run, layout, sample_on_gpu, train_on_gpu
 from tests.parallel.runs import metrics
 from tests.pool import RankPool
 
@@ -68,3 +71,28 @@ def test_delayed_scaling_refuses_to_train(tmp_path: Path) -> None:
     assert len(found) == 1
     assert "checkpoint" in found[0].message
     assert "tensorwise" in found[0].cure
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [(2, {}), (4, {"pp": 2, "vp": 2})], ids=["dp2", "pp2 vp2 dp2"])
+def test_overlapped_messages_change_no_bit(gpus: RankPool, tmp_path: Path, world_size: int, sizes: dict[str, int]) -> None:
+    """Sums of two replicas do not depend on who adds; on GPUs both overlaps are on by themselves."""
+    curves = []
+    for name, overlap in (("on", None), ("off", False)):
+        parallel = layout(**sizes, overlap_grad_reduce=overlap, overlap_param_gather=overlap)
+        config = gpu_run(tmp_path / name, steps=5, parallel=parallel, interval_steps=2)
+        config = replace(config, model=replace(config.model, num_single_blocks=3))
+        gpus.run(world_size, train_on_gpu, config)
+        curves.append(curve(tmp_path / name))
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 5
+    paths = [store.step_folder(tmp_path / name / "checkpoints", 4) for name in ("on", "off")]
+    one, other = (open_source(path, select="ema") for path in paths)
+    assert all(torch.equal(one.read(key), other.read(key)) for key in one.shapes)
+
+
+def test_encoding_ahead_changes_no_bit(gpus: RankPool, tmp_path: Path) -> None:
+    """On GPUs it is on by itself."""
+    for name, ahead in (("on", None), ("off", False)):
+        config = gpu_run(tmp_path / name, steps=4)
+        gpus.run(1, train_on_gpu, replace(config, data=replace(config.data, encode_ahead=ahead)))
+    assert curve(tmp_path / "on") == curve(tmp_path / "off")

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
 from megasora.config.errors import UserError
+from megasora.parallel.transfer import send
 
 
 class SentencePieceTokenizer:
@@ -56,7 +57,7 @@ class T5TextEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str], *, max_tokens: int) -> Float[Tensor, "n L D"]:
         """Last hidden states."""
-        ids = self.tokenizer(texts, max_tokens=max_tokens).to(self.model.device)
+        (ids,) = send([self.tokenizer(texts, max_tokens=max_tokens)], device=self.model.device)
         hidden: Tensor = self.model(ids).last_hidden_state
         return hidden
 
@@ -84,7 +85,8 @@ class ClipTextEncoder:
         """Pooled outputs."""
         length = self.model.config.max_position_embeddings
         batch = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        pooled: Tensor = self.model(batch.input_ids.to(self.model.device)).pooler_output
+        (ids,) = send([batch.input_ids], device=self.model.device)
+        pooled: Tensor = self.model(ids).pooler_output
         return pooled
 
 

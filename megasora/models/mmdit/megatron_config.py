@@ -73,6 +73,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # Megatron waits for the device at each message, as torch before pytorch/pytorch#82450 (2022) needed
         deallocate_pipeline_outputs=not on_cpu,
         hidden_dropout=0.0,
         attention_dropout=0.0,

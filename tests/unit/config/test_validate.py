@@ -32,7 +32,7 @@ def blamed(config: RunConfig, *, world_size: int = 8) -> list[str]:
         ("parallel", {"pipeline_split": "given", "pipeline_blocks": (4, 3)}, "parallel.pipeline_blocks"),
         ("parallel", {"pipeline_blocks": (8,)}, "parallel.pipeline_blocks"),
         ("parallel", {"ulysses_size": 2}, "parallel.ulysses_size"),
-        ("parallel", {"overlap_param_gather": True}, "parallel.overlap_param_gather"),
+        ("parallel", {"overlap_param_gather": True, "overlap_grad_reduce": False}, "parallel.overlap_param_gather"),
         ("parallel", {"recompute": "count"}, "parallel.recompute"),
         ("parallel", {"tensor_model_parallel_size": 0}, "parallel.tensor_model_parallel_size"),
         ("parallel", {"pipeline_model_parallel_size": 0}, "parallel.pipeline_model_parallel_size"),
