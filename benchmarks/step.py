@@ -8,7 +8,8 @@ diffusers writes: forward, mean squared error to the velocity, backward, `torch.
 parameters), zero_grad; no clipping, no moving average, no log. The same with `AdamW(fused=True)` is a row of its own.
 
 Same weights, the same noised sample and target, fp32; hidden 512, 2 + 4 blocks, S = 320 and 1,024 tokens, 64 of them text. Pairs alternate;
-diffusers against itself is the noise of the machine. Ends with one JSON line: ratio_median is ours / theirs, so below 1 is faster.
+diffusers against itself is the noise of the machine. CPU time (of all threads) stands beside wall time: other work on the machine moves
+it less. Ends with one JSON line: ratio_median is ours / theirs, wall time of the slower length, so below 1 is faster.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +30,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from benchmarks.mmdit_step import MODEL, TEXT_TOKENS, compare, copy_weights, one_rank, their_model
+from benchmarks.mmdit_step import MODEL, TEXT_TOKENS, copy_weights, one_rank, their_model
 from megasora import recipes
 from megasora.config.schema import OptimizerConfig
 from megasora.data.plan import SamplerState, StepPlan
@@ -130,6 +131,41 @@ def their_step(theirs: torch.nn.Module, batch: MicroBatch, *, fused: bool | None
     return step
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Ratios of alternating pairs."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> Spread:
+        """Median, 10th and 90th percentile."""
+        ordered, tenth = sorted(ratios), len(ratios) // 10
+        return cls(median=statistics.median(ordered), p10=ordered[tenth], p90=ordered[-1 - tenth])
+
+
+def cost(step: Callable[[], float]) -> tuple[float, float]:
+    """(wall, CPU) seconds of a step; the CPU's are those of all threads of the process."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def compare(first: Callable[[], float], second: Callable[[], float], pairs: int) -> tuple[Spread, Spread]:
+    """Ratios first / second of wall and of CPU time; the order within a pair alternates."""
+    wall, cpu = [], []
+    for pair in range(pairs):
+        if pair % 2:
+            below, above = cost(second), cost(first)
+        else:
+            above, below = cost(first), cost(second)
+        wall.append(above[0] / below[0])
+        cpu.append(above[1] / below[1])
+    return Spread.of(wall), Spread.of(cpu)
+
+
 class Clock:
     """Seconds spent in parts of a step, by name."""
 
@@ -183,19 +219,15 @@ def measure(tokens: int, *, pairs: int, log: MetricsLog, context: ParallelContex
     gap = max(abs(ours() / bare() - 1) for _ in range(3))
     fused()
     rows = []
-    comparisons = (("megasora / diffusers", ours, bare), ("megasora / diffusers, fused AdamW", ours, fused), ("diffusers / diffusers", bare, bare))
+    comparisons = (
+        ("megasora / diffusers", ours, bare),
+        ("megasora / diffusers, fused AdamW", ours, fused),
+        ("diffusers / diffusers", bare, bare),
+    )
     for name, first, second in comparisons:
-        ratios = sorted(compare(first, second, pairs))
-        tenth = len(ratios) // 10
+        wall, cpu = compare(first, second, pairs)
         rows.append(
-            {
-                "pair": name,
-                "tokens": tokens,
-                "ratio_median": statistics.median(ratios),
-                "p10": ratios[tenth],
-                "p90": ratios[-1 - tenth],
-                "loss_gap": gap,
-            }
+            {"pair": name, "tokens": tokens, "ratio_median": wall.median, "wall": asdict(wall), "cpu": asdict(cpu), "loss_gap": gap}
         )
     return rows, our_parts(ours, trainee, log, steps=max(5, pairs // 4))
 
@@ -212,9 +244,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     parts: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        log = MetricsLog(
-            Path(folder), active=True, total_steps=STEPS_KNOWN, first_step=0, interval_steps=STEPS_KNOWN, tensorboard=False
-        )
+        log = MetricsLog(Path(folder), active=True, total_steps=STEPS_KNOWN, first_step=0, interval_steps=STEPS_KNOWN, tensorboard=False)
         with log:
             for tokens in (320, 1024):
                 found, parts[tokens] = measure(tokens, pairs=arguments.pairs, log=log, context=context)
@@ -228,7 +258,10 @@ def main() -> None:
 def show(rows: list[dict[str, Any]], parts: dict[str, float]) -> None:
     """Print the rows of one length and the parts of our step."""
     for row in rows:
-        print(f"S {row['tokens']:>5}  {row['pair']:<34} median {row['ratio_median']:.3f}  p10 {row['p10']:.3f}  p90 {row['p90']:.3f}")
+        spreads = "  ".join(
+            f"{kind} {row[kind]['median']:.3f} ({row[kind]['p10']:.3f} to {row[kind]['p90']:.3f})" for kind in ("wall", "cpu")
+        )
+        print(f"S {row['tokens']:>5}  {row['pair']:<34} {spreads}")
     whole = parts["whole step"]
     for name, seconds in parts.items():
         print(f"         {name:<30} {1e3 * seconds:8.1f} ms  {seconds / whole:6.1%}", flush=True)

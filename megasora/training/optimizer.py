@@ -21,6 +21,22 @@ from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
 
 
+class LoneReplica(DistributedDataParallel):
+    """Megatron's DDP over a group of one rank: its shard is the whole buffer, so there is nothing to reduce or to gather.
+
+    Megatron runs its collectives there too; NCCL does nothing then, gloo copies the gradients twice.
+    """
+
+    def start_grad_sync(self, *unused: object) -> None:
+        """Nothing: this rank's gradients are the sums."""
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """Nothing."""
+
+    def start_param_sync(self, *unused: object, force_sync: bool = False, force_dispatch: bool = False) -> None:
+        """Nothing: the optimizer wrote every parameter."""
+
+
 def wrap_for_training(
     chunks: Sequence[MMDiT], *, config: TransformerConfig, parallel: ParallelConfig, context: ParallelContext
 ) -> list[DistributedDataParallel]:
@@ -31,8 +47,10 @@ def wrap_for_training(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
+    overlaps = parallel.overlap_grad_reduce or parallel.overlap_param_gather  # they work by hooks on the buckets, past these methods
+    wrapper = LoneReplica if context.pg_collection.dp_cp.size() == 1 and not overlaps else DistributedDataParallel
     wrapped = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=context.pg_collection)
+        wrapper(config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=context.pg_collection)
         for number, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
@@ -75,7 +93,18 @@ def build_optimizer(
     )
     for group in built.param_groups:  # Megatron leaves the factor of a group (0 for what has one dim) to its scheduler, which we do not use
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
+    for inner in _distributed(built):
+        _fuse_on_cpu(inner.optimizer)
     return built
+
+
+def _fuse_on_cpu(inner: torch.optim.Optimizer | None) -> None:
+    """Let torch's Adam pass over a CPU tensor once; its default there is ten operations on each, and Megatron has no setting for it."""
+    if inner is None or not _counts_per_parameter(inner):
+        return
+    for group in inner.param_groups:
+        if all(parameter.device.type == "cpu" for parameter in group["params"]):
+            group["foreach"], group["fused"] = False, True
 
 
 def learning_rate(step: int, *, config: OptimizerConfig) -> float:
