@@ -31,14 +31,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.mmdit_step import MODEL, TEXT_TOKENS, copy_weights, one_rank, their_model
+from benchmarks.prepared import step_batch
 from megasora import recipes
 from megasora.config.schema import OptimizerConfig
-from megasora.data.plan import SamplerState, StepPlan
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
 from megasora.training import run
-from megasora.training.feed import Balance, StepBatch
+from megasora.training.feed import StepBatch
 from megasora.training.metrics import MetricsLog
 from megasora.training.microbatch import TrainingSample, build_microbatch
 from megasora.training.optimizer import EMA, ensure_adam_state, refresh_masters
@@ -75,18 +75,7 @@ def prepared(tokens: int) -> StepBatch:
     )
     pack = Pack([shape], split=PackSplit())
     batch = build_microbatch(pack, [sample], sigma_min=1e-5, dtype=torch.float32, first_stage=True, last_stage=True)
-    return StepBatch(
-        batches=[batch],
-        plan=StepPlan(epoch=0, samples=(0,), state_after=SamplerState()),
-        tokens=tokens,
-        flops_tokens=(tokens,),
-        skipped=(),
-        wait_s=0.0,
-        frames=0,
-        decode_s=0.0,
-        encode_s=0.0,
-        balance=Balance(pad_share=0.0, imbalance=1.0),
-    )
+    return step_batch([batch], tokens=tokens)
 
 
 def our_step(trainee: Trainee, batch: StepBatch, log: MetricsLog, *, context: ParallelContext) -> Callable[[], float]:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megasora.config.errors import UserError
 from megasora.config.schema import OptimizerConfig, ParallelConfig
 from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
@@ -73,7 +74,17 @@ def sync_parameters(wrapped: Sequence[DistributedDataParallel], *, parallel: Par
 def build_optimizer(
     wrapped: Sequence[DistributedDataParallel], *, optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """Megatron's distributed Adam over the wrapped chunks; biases and norm scales are not decayed."""
+    """Megatron's distributed Adam over the wrapped chunks; biases and norm scales are not decayed.
+
+    Raises:
+        UserError: the parameters are on the CPU and Megatron-core took an Adam that runs on GPUs only.
+    """
+    on_cpu = any(not parameter.is_cuda for chunk in wrapped for parameter in chunk.parameters())
+    if on_cpu and not USING_PYTORCH_OPTIMIZER:
+        raise UserError(
+            "Megatron-core takes the FusedAdam of Transformer Engine or apex where one is installed, and that runs on GPUs only; "
+            "train with --device cuda, or on the CPU in an environment without the two"
+        )
     built = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",

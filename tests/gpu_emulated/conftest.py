@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.gpu_emulated.emulation import emulate
+from tests.gpu_emulated.emulation import emulate, emulate_with_apex
 from tests.pool import RankPool
 
 
@@ -14,5 +14,13 @@ from tests.pool import RankPool
 def gpus() -> Iterator[RankPool]:
     """Eight ranks whose `--device cuda` works; a pool of their own, for Transformer Engine must be there before Megatron is imported."""
     ranks = RankPool(prepare=emulate)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def apex_gpus() -> Iterator[RankPool]:
+    """Two such ranks where apex is installed and Transformer Engine is not."""
+    ranks = RankPool(2, prepare=emulate_with_apex)
     yield ranks
     ranks.close()

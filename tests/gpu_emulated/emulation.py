@@ -87,12 +87,25 @@ def emulate() -> None:
         module = f"transformer_engine.pytorch.{name}"
         sys.modules[module] = extension.RefusingModule(module)
     torch.cuda.is_available = lambda: True  # Transformer Engine asks while it is imported
-    enable_cpu_backend()  # streams, events, RNG states
-    _replace_cuda_queries()
-    _replace_nccl()
+    _become_gpu()
     _replace_wrappers()
     _replace_rng()
     EmulatedCudaMode().__enter__()
+
+
+def emulate_with_apex() -> None:
+    """Turn this process into a rank with an H200 where apex is installed and Transformer Engine is not."""
+    from tests.gpu_emulated import apex
+
+    apex.install()
+    _become_gpu()
+    EmulatedCudaMode().__enter__()
+
+
+def _become_gpu() -> None:
+    enable_cpu_backend()  # streams, events, RNG states
+    _replace_cuda_queries()
+    _replace_nccl()
 
 
 def _replace_cuda_queries() -> None:
