@@ -92,11 +92,21 @@ def batches(steps: int, *, fp8: str, dtype: torch.dtype, device: torch.device) -
         yield build_microbatch(pack, samples, sigma_min=1e-5, dtype=dtype, first_stage=True, last_stage=True)
 
 
-def loss_curve(precision: PrecisionConfig, *, steps: int, context: ParallelContext) -> list[float]:
-    """Mean loss of each step, on one rank."""
+def loss_curve(precision: PrecisionConfig, *, steps: int, context: ParallelContext, nudge: float = 0.0) -> list[float]:
+    """Mean loss of each step, on one rank.
+
+    Args:
+        precision: of the layers.
+        steps: how many.
+        context: a world of one rank.
+        nudge: relative size of a random change of the first weights.
+    """
     parallel = ParallelConfig()
     chunks, config = build_chunks(MODEL, parallel, precision, context=context)
     initialize_weights(chunks, model=MODEL, context=context, seed=SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    for parameter in chunks[0].parameters():
+        parameter.data.mul_(1 + nudge * torch.randn(parameter.shape, generator=generator).to(parameter))
     wrapped = wrap_for_training(chunks, config=config, parallel=parallel, context=context)
     optimizer = build_optimizer(wrapped, optimizer=OPTIMIZER, parallel=parallel, dtype=config.params_dtype)
     refresh_masters(optimizer)
