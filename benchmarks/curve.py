@@ -92,21 +92,22 @@ def batches(steps: int, *, fp8: str, dtype: torch.dtype, device: torch.device) -
         yield build_microbatch(pack, samples, sigma_min=1e-5, dtype=dtype, first_stage=True, last_stage=True)
 
 
-def loss_curve(precision: PrecisionConfig, *, steps: int, context: ParallelContext, nudge: float = 0.0) -> list[float]:
+def loss_curve(precision: PrecisionConfig, *, steps: int, context: ParallelContext, nudge_seed: int | None = None) -> list[float]:
     """Mean loss of each step, on one rank.
 
     Args:
         precision: of the layers.
         steps: how many.
         context: a world of one rank.
-        nudge: relative size of a random change of the first weights.
+        nudge_seed: draws a change of the first weights by about one rounding of bf16 (2^-9 of each); None changes nothing.
     """
     parallel = ParallelConfig()
     chunks, config = build_chunks(MODEL, parallel, precision, context=context)
     initialize_weights(chunks, model=MODEL, context=context, seed=SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    for parameter in chunks[0].parameters():
-        parameter.data.mul_(1 + nudge * torch.randn(parameter.shape, generator=generator).to(parameter))
+    if nudge_seed is not None:
+        generator = torch.Generator().manual_seed(nudge_seed)
+        for parameter in chunks[0].parameters():
+            parameter.data.mul_(1 + 2.0**-9 * torch.randn(parameter.shape, generator=generator).to(parameter))
     wrapped = wrap_for_training(chunks, config=config, parallel=parallel, context=context)
     optimizer = build_optimizer(wrapped, optimizer=OPTIMIZER, parallel=parallel, dtype=config.params_dtype)
     refresh_masters(optimizer)

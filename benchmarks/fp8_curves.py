@@ -6,7 +6,7 @@
 float8 types. `cuda` needs Transformer Engine and a GPU. The same weights, clips, noise and times for every recipe. A recipe holds when the
 mean loss of its last 20 steps is within 1 % of bf16's. `delayed` is measured although training refuses it (a checkpoint lacks its scales).
 
-Two rows say what 1 % means: fp32 (Megatron's own layers), and bf16 from weights that differ by one rounding of bf16, at random. Two runs
+Rows beside them say what 1 % means: fp32 (Megatron's own layers), and bf16 from weights that differ by about one rounding, at random. Runs
 that differ by nothing but such a rounding end as far from each other as chance takes them.
 
 Writes fp8_curves.json (every loss) and prints a table and one JSON line.
@@ -22,15 +22,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RUNS: dict[str, tuple[dict[str, str], float]] = {
-    "bf16": ({"dtype": "bf16", "provider": "te"}, 0.0),
-    "bf16 nudged": ({"dtype": "bf16", "provider": "te"}, 2.0**-9),
-    "fp32": ({"dtype": "fp32", "provider": "local"}, 0.0),
-    "tensorwise": ({"dtype": "bf16", "provider": "te", "fp8": "tensorwise"}, 0.0),
-    "blockwise": ({"dtype": "bf16", "provider": "te", "fp8": "blockwise"}, 0.0),
-    "delayed": ({"dtype": "bf16", "provider": "te", "fp8": "delayed"}, 0.0),
+BF16 = {"dtype": "bf16", "provider": "te"}
+RUNS: dict[str, tuple[dict[str, str], int | None]] = {
+    "bf16": (BF16, None),
+    "bf16 nudged 1": (BF16, 1),
+    "bf16 nudged 2": (BF16, 2),
+    "bf16 nudged 3": (BF16, 3),
+    "fp32": ({"dtype": "fp32", "provider": "local"}, None),
+    "tensorwise": ({**BF16, "fp8": "tensorwise"}, None),
+    "blockwise": ({**BF16, "fp8": "blockwise"}, None),
+    "delayed": ({**BF16, "fp8": "delayed"}, None),
 }
-"""Name -> (precision, relative change of the first weights)."""
+"""Name -> (precision, seed of a change of the first weights)."""
 OFFERED = ("tensorwise", "blockwise")
 LAST_STEPS = 20
 LIMIT = 0.01
@@ -52,12 +55,12 @@ def measure(device_name: str, *, steps: int, names: Sequence[str]) -> list[dict[
     rows: list[dict[str, Any]] = []
     for name in names:
         started = time.perf_counter()
-        precision, nudge = RUNS[name]
-        losses = loss_curve(PrecisionConfig(**precision), steps=steps, context=context, nudge=nudge)  # type: ignore[arg-type]
+        precision, nudge_seed = RUNS[name]
+        losses = loss_curve(PrecisionConfig(**precision), steps=steps, context=context, nudge_seed=nudge_seed)  # type: ignore[arg-type]
         last = statistics.mean(losses[-LAST_STEPS:])
         gap = last / (rows[0]["last"] if rows else last) - 1
         rows.append({"run": name, "first": losses[0], "last": last, "gap": gap, "losses": losses})
-        print(f"{name:<12} first {losses[0]:.4f}  last {last:.5f}  {gap:+.2%}  {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"{name:<14} first {losses[0]:.4f}  last {last:.5f}  {gap:+.2%}  {time.perf_counter() - started:.0f} s", flush=True)
     return rows
 
 
