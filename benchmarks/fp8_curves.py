@@ -6,8 +6,8 @@
 float8 types. `cuda` needs Transformer Engine and a GPU. The same weights, clips, noise and times for every recipe. A recipe holds when the
 mean loss of its last 20 steps is within 1 % of bf16's. `delayed` is measured although training refuses it (a checkpoint lacks its scales).
 
-Rows beside them say what 1 % means: fp32 (Megatron's own layers), and bf16 from weights that differ by about one rounding, at random. Runs
-that differ by nothing but such a rounding end as far from each other as chance takes them.
+Rows beside them say what 1 % means: fp32 (Megatron's own layers), and `nudged` runs whose first weights differ by about one rounding of
+bf16, at random: how far from each other chance takes runs of one precision.
 
 Writes fp8_curves.json (every loss) and prints a table and one JSON line.
 """
@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import Any
 
 BF16 = {"dtype": "bf16", "provider": "te"}
-RUNS: dict[str, tuple[dict[str, str], int | None]] = {
-    "bf16": (BF16, None),
-    "bf16 nudged 1": (BF16, 1),
-    "bf16 nudged 2": (BF16, 2),
-    "bf16 nudged 3": (BF16, 3),
-    "fp32": ({"dtype": "fp32", "provider": "local"}, None),
-    "tensorwise": ({**BF16, "fp8": "tensorwise"}, None),
-    "blockwise": ({**BF16, "fp8": "blockwise"}, None),
-    "delayed": ({**BF16, "fp8": "delayed"}, None),
+PRECISIONS = {
+    "bf16": BF16,
+    "fp32": {"dtype": "fp32", "provider": "local"},
+    "tensorwise": {**BF16, "fp8": "tensorwise"},
+    "blockwise": {**BF16, "fp8": "blockwise"},
+    "delayed": {**BF16, "fp8": "delayed"},
 }
+NUDGED = {"bf16": (1, 2, 3), "tensorwise": (1, 2), "blockwise": (1, 2)}
+"""Seeds of changes of the first weights."""
+RUNS: dict[str, tuple[dict[str, str], int | None]] = {name: (precision, None) for name, precision in PRECISIONS.items()}
+RUNS |= {f"{name} nudged {seed}": (PRECISIONS[name], seed) for name, seeds in NUDGED.items() for seed in seeds}
 """Name -> (precision, seed of a change of the first weights)."""
 OFFERED = ("tensorwise", "blockwise")
 LAST_STEPS = 20
@@ -60,7 +61,7 @@ def measure(device_name: str, *, steps: int, names: Sequence[str]) -> list[dict[
         last = statistics.mean(losses[-LAST_STEPS:])
         gap = last / (rows[0]["last"] if rows else last) - 1
         rows.append({"run": name, "first": losses[0], "last": last, "gap": gap, "losses": losses})
-        print(f"{name:<14} first {losses[0]:.4f}  last {last:.5f}  {gap:+.2%}  {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"{name:<20} first {losses[0]:.4f}  last {last:.5f}  {gap:+.2%}  {time.perf_counter() - started:.0f} s", flush=True)
     return rows
 
 

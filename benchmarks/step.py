@@ -127,12 +127,19 @@ class Spread:
     median: float
     p10: float
     p90: float
+    fastest: float
+    """Of the fastest step of each, which other work on the machine disturbed least."""
 
     @classmethod
-    def of(cls, ratios: list[float]) -> Spread:
-        """Median, 10th and 90th percentile."""
-        ordered, tenth = sorted(ratios), len(ratios) // 10
-        return cls(median=statistics.median(ordered), p10=ordered[tenth], p90=ordered[-1 - tenth])
+    def of(cls, pairs: list[tuple[float, float]]) -> Spread:
+        """Of (first, second) seconds."""
+        ordered, tenth = sorted(above / below for above, below in pairs), len(pairs) // 10
+        return cls(
+            median=statistics.median(ordered),
+            p10=ordered[tenth],
+            p90=ordered[-1 - tenth],
+            fastest=min(above for above, _ in pairs) / min(below for _, below in pairs),
+        )
 
 
 def cost(step: Callable[[], float]) -> tuple[float, float]:
@@ -150,8 +157,8 @@ def compare(first: Callable[[], float], second: Callable[[], float], pairs: int)
             below, above = cost(second), cost(first)
         else:
             above, below = cost(first), cost(second)
-        wall.append(above[0] / below[0])
-        cpu.append(above[1] / below[1])
+        wall.append((above[0], below[0]))
+        cpu.append((above[1], below[1]))
     return Spread.of(wall), Spread.of(cpu)
 
 
@@ -244,13 +251,15 @@ def main() -> None:
     print(json.dumps({"ratio_median": worst, "pairs": arguments.pairs, "threads": arguments.threads, "rows": rows, "parts_s": parts}))
 
 
+def line_of(kind: str, spread: dict[str, float]) -> str:
+    """Median, spread and the ratio of the fastest steps."""
+    return f"{kind} {spread['median']:.3f} ({spread['p10']:.3f} to {spread['p90']:.3f}; fastest {spread['fastest']:.3f})"
+
+
 def show(rows: list[dict[str, Any]], parts: dict[str, float]) -> None:
     """Print the rows of one length and the parts of our step."""
     for row in rows:
-        spreads = "  ".join(
-            f"{kind} {row[kind]['median']:.3f} ({row[kind]['p10']:.3f} to {row[kind]['p90']:.3f})" for kind in ("wall", "cpu")
-        )
-        print(f"S {row['tokens']:>5}  {row['pair']:<34} {spreads}")
+        print(f"S {row['tokens']:>5}  {row['pair']:<34} {line_of('wall', row['wall'])}  {line_of('CPU', row['cpu'])}")
     whole = parts["whole step"]
     for name, seconds in parts.items():
         print(f"         {name:<30} {1e3 * seconds:8.1f} ms  {seconds / whole:6.1%}", flush=True)
