@@ -30,6 +30,7 @@ test: lint
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/mmdit_step.py
+	$(BIN)/python -m benchmarks.step
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/pyramid.py
 	$(BIN)/python benchmarks/fuzz_media.py
