@@ -12,7 +12,8 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	# for tests/gpu_emulated: Transformer Engine's Python, and the Triton of the CUDA stack (its interpreter and its compiler need no GPU)
-	$(BIN)/pip install -q --no-deps --target $(VENV)/te transformer-engine==2.11.0 triton==3.6.0
+	$(BIN)/pip install -q --no-deps --target $(VENV)/te transformer-engine==2.11.0
+	$(BIN)/pip install -q --no-deps --target $(VENV)/triton triton==3.6.0
 	touch $@
 
 demo: $(STAMP)
@@ -31,6 +32,7 @@ test: lint
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/mmdit_step.py
+	$(BIN)/python -m benchmarks.step
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/pyramid.py
 	$(BIN)/python benchmarks/fuzz_media.py

@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,6 +29,7 @@ from megasora.models.mmdit.build import build_chunks  # noqa: E402
 from megasora.models.mmdit.model import ModelInputs  # noqa: E402
 from megasora.models.mmdit.weights import fill_parameters  # noqa: E402
 from megasora.parallel import groups  # noqa: E402
+from megasora.parallel.groups import ParallelContext  # noqa: E402
 from megasora.parallel.pack import Pack, PackSplit, SampleShape  # noqa: E402
 
 TEXT_TOKENS = 64
@@ -44,10 +45,10 @@ MODEL = ModelConfig(
 )
 
 
-def build() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """(ours, theirs) with the same random weights."""
+def their_model() -> torch.nn.Module:
+    """diffusers' model with random weights."""
     torch.manual_seed(0)
-    theirs = FluxTransformer2DModel(
+    return FluxTransformer2DModel(
         patch_size=1,
         in_channels=MODEL.in_channels,
         num_layers=MODEL.num_double_blocks,
@@ -59,13 +60,27 @@ def build() -> tuple[torch.nn.Module, torch.nn.Module]:
         guidance_embeds=False,
         axes_dims_rope=MODEL.axes_dim,
     )
-    device = groups.choose_device("cpu")
-    groups.start_world(device, timeout_minutes=1)
-    parallel = ParallelConfig()
-    context = groups.initialize(parallel, device=device, num_attention_heads=MODEL.num_attention_heads, seed=0)
-    chunks, _ = build_chunks(MODEL, parallel, PrecisionConfig(dtype="fp32"), context=context)
+
+
+def copy_weights(theirs: torch.nn.Module, chunks: Sequence[torch.nn.Module], *, context: ParallelContext) -> None:
+    """Give our chunks diffusers' weights."""
     reader = CanonicalReader(StateDictReader(theirs.state_dict()), fmt="diffusers", model=MODEL)
     fill_parameters(chunks, reader.read, known=reader.shapes, model=MODEL, context=context)
+
+
+def one_rank() -> ParallelContext:
+    """Groups of a world of this process."""
+    device = groups.choose_device("cpu")
+    groups.start_world(device, timeout_minutes=1)
+    return groups.initialize(ParallelConfig(), device=device, num_attention_heads=MODEL.num_attention_heads, seed=0)
+
+
+def build() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(ours, theirs) with the same random weights."""
+    theirs = their_model()
+    context = one_rank()
+    chunks, _ = build_chunks(MODEL, ParallelConfig(), PrecisionConfig(dtype="fp32"), context=context)
+    copy_weights(theirs, chunks, context=context)
     return chunks[0], theirs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutant_list.mutant import (
     CACHE,
+    DALI_GRAPH,
     DECODE,
     LOADING,
     PLAN,
@@ -13,6 +14,13 @@ from mutant_list.mutant import (
 )
 
 MUTANTS = (
+    Mutant(
+        "frames decoded on the CPU in the GPU's pipeline",
+        "megasora/data/decoding/dali.py",
+        'device="mixed" if on_gpu else "cpu"',
+        'device="cpu"',
+        DALI_GRAPH,
+    ),
     Mutant(
         "a sample is taken twice",
         "megasora/data/plan.py",

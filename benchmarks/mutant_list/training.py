@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from mutant_list.mutant import (
+    APEX_REFUSED,
     DRAWS,
     LOG,
+    LONE,
     MICROBATCH,
     RATES,
     STEPS,
@@ -12,6 +14,21 @@ from mutant_list.mutant import (
 )
 
 MUTANTS = (
+    Mutant(
+        "context ranks taken for a lone replica",
+        "megasora/training/optimizer.py",
+        "context.pg_collection.dp_cp.size() == 1",
+        "context.pg_collection.dp.size() == 1",
+        LONE,
+    ),
+    Mutant("Adam in ten passes", "megasora/training/optimizer.py", 'group["fused"] = False, True', 'group["fused"] = False, False', LONE),
+    Mutant(
+        "a GPU's Adam on the CPU",
+        "megasora/training/optimizer.py",
+        "if on_cpu and not USING_PYTORCH_OPTIMIZER:",
+        "if on_cpu and not on_cpu:",
+        APEX_REFUSED,
+    ),
     Mutant(
         "warm-up one step late",
         "megasora/training/optimizer.py",

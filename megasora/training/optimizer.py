@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megasora.config.errors import UserError
 from megasora.config.schema import OptimizerConfig, ParallelConfig
 from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
@@ -46,6 +47,22 @@ def overlap_of(parallel: ParallelConfig, *, on_cuda: bool, replicas: int) -> Ove
     return Overlap(grad_reduce=grad_reduce, param_gather=(by_itself and grad_reduce) if gather is None else gather)
 
 
+class LoneReplica(DistributedDataParallel):
+    """Megatron's DDP over a group of one rank: its shard is the whole buffer, so there is nothing to reduce or to gather.
+
+    Megatron runs its collectives there too; NCCL does nothing then, gloo copies the gradients twice.
+    """
+
+    def start_grad_sync(self, *unused: object) -> None:
+        """Nothing: this rank's gradients are the sums."""
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """Nothing."""
+
+    def start_param_sync(self, *unused: object, force_sync: bool = False, force_dispatch: bool = False) -> None:
+        """Nothing: the optimizer wrote every parameter."""
+
+
 def wrap_for_training(
     chunks: Sequence[MMDiT], *, config: TransformerConfig, parallel: ParallelConfig, context: ParallelContext
 ) -> list[DistributedDataParallel]:
@@ -58,8 +75,10 @@ def wrap_for_training(
         overlap_grad_reduce=overlap.grad_reduce,
         overlap_param_gather=overlap.param_gather,
     )
+    overlaps = overlap.grad_reduce or overlap.param_gather  # they work by hooks on the buckets, past these methods
+    wrapper = LoneReplica if context.pg_collection.dp_cp.size() == 1 and not overlaps else DistributedDataParallel
     wrapped = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=context.pg_collection)
+        wrapper(config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=context.pg_collection)
         for number, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
@@ -80,7 +99,17 @@ def sync_parameters(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 
 def build_optimizer(wrapped: Sequence[DistributedDataParallel], *, optimizer: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizer:
-    """Megatron's distributed Adam over the wrapped chunks; biases and norm scales are not decayed."""
+    """Megatron's distributed Adam over the wrapped chunks; biases and norm scales are not decayed.
+
+    Raises:
+        UserError: the parameters are on the CPU and Megatron-core took an Adam that runs on GPUs only.
+    """
+    on_cpu = any(not parameter.is_cuda for chunk in wrapped for parameter in chunk.parameters())
+    if on_cpu and not USING_PYTORCH_OPTIMIZER:
+        raise UserError(
+            "Megatron-core takes the FusedAdam of Transformer Engine or apex where one is installed, and that runs on GPUs only; "
+            "train with --device cuda, or on the CPU in an environment without the two"
+        )
     built = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -100,7 +129,18 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], *, optimizer: Op
     )
     for group in built.param_groups:  # Megatron leaves the factor of a group (0 for what has one dim) to its scheduler, which we do not use
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
+    for inner in _distributed(built):
+        _fuse_on_cpu(inner.optimizer)
     return built
+
+
+def _fuse_on_cpu(inner: torch.optim.Optimizer | None) -> None:
+    """Let torch's Adam pass over a CPU tensor once; its default there is ten operations on each, and Megatron has no setting for it."""
+    if inner is None or not _counts_per_parameter(inner):
+        return
+    for group in inner.param_groups:
+        if all(parameter.device.type == "cpu" for parameter in group["params"]):
+            group["foreach"], group["fused"] = False, True
 
 
 def learning_rate(step: int, *, config: OptimizerConfig) -> float:

@@ -367,7 +367,7 @@ def _loop(
             if result.stop:
                 events.append({"event": "stop", "reason": "SIGTERM or SIGUSR1"})
             now = time.perf_counter()
-            log.write(_metrics(trainee, batch, result, config=config, context=context, seconds=now - started, events=events))
+            log.write(step_metrics(trainee, batch, result, config=config, context=context, seconds=now - started, events=events))
             events = []
             started = now
             if result.stop:
@@ -487,7 +487,7 @@ def _evaluation_event(evaluator: Evaluator, trainee: Trainee) -> dict[str, Any]:
     }
 
 
-def _metrics(
+def step_metrics(
     trainee: Trainee,
     batch: StepBatch,
     result: StepResult,
@@ -497,6 +497,7 @@ def _metrics(
     seconds: float,
     events: list[dict[str, Any]],
 ) -> StepMetrics:
+    """What a step reports, from its batch, its result and its wall time."""
     flops = training_flops(batch.flops_tokens, hidden_size=config.model.hidden_size, num_blocks=config.model.num_blocks)
     tflops = flops / seconds / context.world_size / 1e12
     on_gpu = context.device.type == "cuda"

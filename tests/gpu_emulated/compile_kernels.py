@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for sm_90 at the sizes of the 11.9 B model and prints what ptxas says, as JSON. Needs Triton, not a GPU.
 
-PYTHONPATH=.venv/te:. python -m tests.gpu_emulated.compile_kernels
+PYTHONPATH=.venv/triton:. python -m tests.gpu_emulated.compile_kernels
 """
 
 from __future__ import annotations

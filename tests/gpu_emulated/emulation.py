@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 TE_FOLDER = Path(sys.prefix) / "te"
 """Where `make` puts Transformer Engine's Python: outside site-packages, or every CPU run would find it and miss its libraries."""
+TRITON_FOLDER = Path(sys.prefix) / "triton"
+"""Where it puts the Triton of the CUDA stack."""
 
 
 class Properties:
@@ -113,7 +115,6 @@ def emulate() -> None:
     if not (TE_FOLDER / "transformer_engine").is_dir():
         raise RuntimeError(f"{TE_FOLDER} lacks Transformer Engine's Python: make test installs it")
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its package then looks for no shared library
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on CPU tensors, statement by statement in numpy
     sys.path.insert(0, str(TE_FOLDER))
     from tests.gpu_emulated import extension
 
@@ -125,14 +126,42 @@ def emulate() -> None:
         module = f"transformer_engine.pytorch.{name}"
         sys.modules[module] = extension.RefusingModule(module)
     torch.cuda.is_available = lambda: True  # Transformer Engine asks while it is imported
+    _become_gpu()
+    _replace_wrappers()
+    _replace_rng()
+    _replace_threads()
+    MODE.__enter__()
+
+
+def emulate_with_apex() -> None:
+    """Turn this process into a rank with an H200 where apex is installed and Transformer Engine is not."""
+    from tests.gpu_emulated import apex
+
+    apex.install()
+    _become_gpu()
+    MODE.__enter__()
+
+
+def emulate_with_triton() -> None:
+    """Turn this process into a rank with an H200 and Triton, whose kernels then run on CPU tensors, statement by statement in numpy.
+
+    Elsewhere in these tests Triton is not installed, for its interpreter takes tens of milliseconds a token.
+
+    Raises:
+        RuntimeError: Triton is not installed for the tests.
+    """
+    if not (TRITON_FOLDER / "triton").is_dir():
+        raise RuntimeError(f"{TRITON_FOLDER} lacks Triton: make test installs it")
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(TRITON_FOLDER))
+    _mend_interpreter()
+    emulate()
+
+
+def _become_gpu() -> None:
     enable_cpu_backend()  # streams, events, RNG states
     _replace_cuda_queries()
     _replace_nccl()
-    _replace_wrappers()
-    _replace_rng()
-    _mend_interpreter()
-    _replace_threads()
-    MODE.__enter__()
 
 
 def _replace_cuda_queries() -> None:

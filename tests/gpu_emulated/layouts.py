@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -100,9 +101,10 @@ def start(case: Case) -> ParallelContext:
     device = groups.choose_device("cuda")
     assert device.type == "cuda"
     groups.start_world(device, timeout_minutes=2)
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # there on the ranks only
+    if "transformer_engine" in sys.modules:  # there on some pools' ranks only
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    FP8GlobalStateManager.reset()  # delayed scaling keeps what it knows of modules for the process
+        FP8GlobalStateManager.reset()  # delayed scaling keeps what it knows of modules for the process
     return groups.initialize(case.parallel, device=device, num_attention_heads=MODEL.num_attention_heads, seed=1)
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from megasora import recipes
 from megasora.config.schema import ParallelConfig, PrecisionConfig, RunConfig
+from megasora.inference.forward import run_forward
 from megasora.inference.sample import run_sample
+from megasora.training.encode.run import run_encode
+from megasora.training.encode.settings import EncodeResult, EncodeSettings
 from megasora.training.run import train
 from tests.gpu_emulated.extension import CALLS
 
@@ -60,3 +63,29 @@ def sample_on_gpu(rank: int, config: RunConfig, weights: Path, output: Path) -> 
 
 def _by_kind() -> dict[str, list[Any]]:
     return {kind: [call.detail for call in CALLS if call.kind == kind] for kind in {call.kind for call in CALLS}}
+
+
+def forward_on_gpu(rank: int, folder: Path, output: str, grads: str | None, axes_dim: tuple[int, int, int], layout: dict[str, Any]) -> None:
+    """`megasora forward` of weights.safetensors on inputs.safetensors."""
+    run_forward(
+        weights=folder / "weights.safetensors",
+        inputs=folder / "inputs.safetensors",
+        output=folder / output,
+        grads=None if grads is None else folder / grads,
+        axes_dim=axes_dim,
+        device="cuda",
+        **layout,
+    )
+
+
+def encode_on_gpu(rank: int, config: RunConfig, settings: EncodeSettings, stop_after: int | None = None) -> EncodeResult | None:
+    """`megasora data encode`; interrupted after that many clips, it returns None."""
+
+    def progress(done: int, total: int, num_bytes: int) -> None:
+        if done == stop_after:
+            raise KeyboardInterrupt
+
+    try:
+        return run_encode(config, settings, on_progress=progress)
+    except KeyboardInterrupt:
+        return None

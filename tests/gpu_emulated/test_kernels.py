@@ -21,7 +21,7 @@ from torch import Tensor
 from megasora.models.mmdit.kernels.composed import COMPOSED
 from megasora.models.mmdit.kernels.contract import Kernels
 from megasora.parallel.pack import Rows, Runs
-from tests.gpu_emulated.emulation import TE_FOLDER
+from tests.gpu_emulated.emulation import TRITON_FOLDER
 from tests.pool import RankPool
 
 PACKS = {
@@ -126,9 +126,9 @@ def assert_close(ours: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("samples", PACKS.values(), ids=PACKS)
-def test_modulation_in_one_pass_gives_what_torch_gives(gpus: RankPool, samples: list[int], dtype: torch.dtype) -> None:
+def test_modulation_in_one_pass_gives_what_torch_gives(triton_gpus: RankPool, samples: list[int], dtype: torch.dtype) -> None:
     hidden = 96  # no power of two: the last columns of a block are masked
-    (ours,) = gpus.run(1, fused_modulation, samples, hidden, dtype)
+    (ours,) = triton_gpus.run(1, fused_modulation, samples, hidden, dtype)
     assert_close(ours, modulation(COMPOSED, samples, hidden, torch.float64), dtype)
 
 
@@ -143,14 +143,14 @@ def test_modulation_in_one_pass_gives_what_torch_gives(gpus: RankPool, samples: 
     ],
     ids=str,
 )
-def test_heads_in_one_pass_are_those_of_torch(gpus: RankPool, shape: dict[str, Any], dtype: torch.dtype) -> None:
-    (ours,) = gpus.run(1, fused_heads, {**shape, "dtype": dtype})
+def test_heads_in_one_pass_are_those_of_torch(triton_gpus: RankPool, shape: dict[str, Any], dtype: torch.dtype) -> None:
+    (ours,) = triton_gpus.run(1, fused_heads, {**shape, "dtype": dtype})
     assert_close(ours, heads(COMPOSED, **shape, dtype=torch.float64), dtype)
 
 
 def test_the_kernels_compile_for_hopper_within_its_registers(tmp_path: Path) -> None:
     # a process of its own: what the interpreter runs is not what the compiler takes. ptxas comes with Triton and needs no GPU
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TE_FOLDER), os.getcwd()]), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TRITON_FOLDER), os.getcwd()]), "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.gpu_emulated.compile_kernels"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -170,10 +170,10 @@ def test_the_model_of_these_tests_has_shards_that_fp8_takes() -> None:
     [layout(), layout(tp=2, cp=2), layout(cp=2, context_parallel_backend="ring"), layout(recompute="full")],
     ids=["one rank", "tp2 x ulysses 2", "ring 2", "recompute"],
 )
-def test_triton_kernels_give_the_gradients_of_torch_operations(gpus: RankPool, parallel: ParallelConfig) -> None:
-    (expected,) = gpus.run(1, one_step, Case(precision=precision("fp32", provider="local"), samples=SHORT))
+def test_triton_kernels_give_the_gradients_of_torch_operations(triton_gpus: RankPool, parallel: ParallelConfig) -> None:
+    (expected,) = triton_gpus.run(1, one_step, Case(precision=precision("fp32", provider="local"), samples=SHORT))
     case = Case(parallel=parallel, precision=precision("fp32", kernels="triton"), samples=SHORT)
-    ours = gpus.run(parallel.model_parallel_size, one_step, case)[0]
+    ours = triton_gpus.run(parallel.model_parallel_size, one_step, case)[0]
     assert ours.loss == pytest.approx(expected.loss, rel=FP32)
     for key, gradient in expected.gradients.items():
         assert gap(ours.gradients[key], gradient) < FP32, key

@@ -40,6 +40,11 @@ def _packages() -> list[dict[str, str]]:
         ("megatron-core", "tensor, pipeline and data parallelism", "pip install megatron-core==0.16.1"),
         ("transformer-engine", "FP8 and fused layers on CUDA", 'pip install "megasora[gpu]"'),
         ("flash-attn", "variable-length attention on CUDA", 'pip install "megasora[flash]"'),
+        (
+            "apex",
+            "optional: FusedAdam on CUDA where Transformer Engine is missing",
+            "not needed; github.com/NVIDIA/apex, built with --cuda_ext",
+        ),
         ("nvidia-dali-cuda130", "video decoding on the GPU", 'pip install "megasora[data]"'),
         ("av", "video decoding on the CPU, mp4 output", "pip install av"),
         ("duckdb", "data filter and report, tables of clips", 'pip install "megasora[data]"'),

@@ -185,24 +185,32 @@ class DaliDecoder:
             batch_size=self.batch_size, num_threads=self.num_threads, device_id=self.device_id, prefetch_queue_depth=1, exec_dynamic=False
         )
         def pipeline() -> Any:
-            given = {name: fn.external_source(name=name, dtype=kind, ndim=dims) for name, (kind, dims) in _INPUTS.items()}
-            video = fn.decoders.video(
-                given["content"],
-                device="mixed" if self.on_gpu else "cpu",
-                start_frame=given["start"],
-                stride=given["stride"],
-                sequence_length=given["frames"],
-                pad_mode="none",
-            )
-            # a slice and not resize's region of interest, whose filter reads pixels outside the region: a cropped border would bleed in
-            video = fn.slice(video, given["crop_at"], given["crop_size"], axes=(1, 2))
-            video = fn.resize(video, size=given["cover"], interp_type=types.INTERP_CUBIC, antialias=True)
-            video = fn.slice(video, given["cut_at"], given["cut_size"], axes=(1, 2))
-            return fn.transpose(video, perm=[3, 0, 1, 2])
+            return graph(on_gpu=self.on_gpu)
 
         built = pipeline()
         built.build()
         return built
+
+
+def graph(*, on_gpu: bool) -> Any:
+    """The operators from a sample's arguments to its frames, uint8 [3, T, H, W]; called inside a pipeline.
+
+    DALI compares names and types of arguments with its operators' schemas here, and needs no GPU for it.
+    """
+    given = {name: fn.external_source(name=name, dtype=kind, ndim=dims) for name, (kind, dims) in _INPUTS.items()}
+    video = fn.decoders.video(
+        given["content"],
+        device="mixed" if on_gpu else "cpu",
+        start_frame=given["start"],
+        stride=given["stride"],
+        sequence_length=given["frames"],
+        pad_mode="none",
+    )
+    # a slice and not resize's region of interest, whose filter reads pixels outside the region: a cropped border would bleed in
+    video = fn.slice(video, given["crop_at"], given["crop_size"], axes=(1, 2))
+    video = fn.resize(video, size=given["cover"], interp_type=types.INTERP_CUBIC, antialias=True)
+    video = fn.slice(video, given["cut_at"], given["cut_size"], axes=(1, 2))
+    return fn.transpose(video, perm=[3, 0, 1, 2])
 
 
 class MixedDecoder:
