@@ -97,6 +97,9 @@ class ParallelConfig:
     """Double blocks recomputed per stage when recompute=count."""
     recompute_single_blocks: int = 0
     """Single blocks recomputed per stage when recompute=count."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What DP x CP ranks share out: 1 the optimizer's state (Megatron's distributed optimizer), 2 gradients too, 3 parameters too, gathered
+    block by block (torch's FSDP2)."""
     overlap_grad_reduce: bool = False
     """Overlap the data-parallel gradient reduction with the backward pass."""
     overlap_param_gather: bool = False
