@@ -53,7 +53,8 @@ def shard_fully(chunks: Sequence[MMDiT], *, config: TransformerConfig, zero_stag
     policy = MixedPrecisionPolicy(param_dtype=config.params_dtype, reduce_dtype=master, cast_forward_inputs=False)
     for chunk in chunks:
         marks = {name: {mark: getattr(parameter, mark, False) for mark in _MARKS} for name, parameter in chunk.named_parameters()}
-        for block in (*chunk.double_blocks.values(), *chunk.single_blocks.values()):
+        blocks = [*chunk.double_blocks.values(), *chunk.single_blocks.values()]
+        for block in blocks:
             _to_dtype(block, master)
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3)
         _to_dtype(chunk, master)
@@ -64,9 +65,21 @@ def shard_fully(chunks: Sequence[MMDiT], *, config: TransformerConfig, zero_stag
                 module.set_gradient_divide_factor(1.0)  # gradients are sums; they are divided once, by the number of samples
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_reshard_after_backward(zero_stage == 3, recurse=False)
+        _prefetch_backwards(chunk, blocks)
         for name, parameter in chunk.named_parameters():
             for mark, value in marks[name].items():
                 setattr(parameter, mark, value)
+
+
+def _prefetch_backwards(chunk: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Gather each block while the one after it runs its backward pass.
+
+    FSDP2's own guess is the order of the last forward passes, which a pipeline does not reverse: it forgets it after the first of several
+    micro-batches in flight, and gathers blocks in vain in chunks that have nothing but blocks.
+    """
+    for before, module in zip([chunk, *blocks], [*blocks, chunk], strict=True):
+        assert isinstance(module, FSDPModule) and isinstance(before, FSDPModule)
+        module.set_modules_to_backward_prefetch([before])  # before the first block is the chunk's own part: gathered already, or nothing
 
 
 def _to_dtype(module: nn.Module, dtype: torch.dtype) -> None:

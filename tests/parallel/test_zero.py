@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.pool import RankPool
 STEPS_IN = {
     "dp2": (2, layout()),
     "dp3": (3, layout()),
+    "nothing to share out over": (2, layout(tp=2)),
     "cp2 dp2": (4, layout(cp=2)),
     "tp2 dp2": (4, layout(tp=2)),
     "pp2 dp2": (4, layout(pp=2)),
@@ -93,11 +95,10 @@ def held(run_dir: Path, *, parts: tuple[str, ...] = PARTS) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
-    ("world_size", "parallel"),
-    [(2, layout()), (3, layout()), (4, layout(cp=2)), (4, layout(tp=2)), (4, layout(pp=2)), (8, layout(tp=2, cp=2, pp=2))],
-    ids=["dp2", "dp3", "cp2 dp2", "tp2 dp2", "pp2 dp2", "tp2 cp2 pp2"],
+    ("world_size", "parallel", "stage"),
+    [(3, layout(), 3), (4, layout(tp=2), 2), (4, layout(cp=2), 2), (8, layout(tp=2, cp=2, pp=2), 3)],
+    ids=["dp3", "tp2 dp2", "cp2 dp2", "tp2 cp2 pp2"],
 )
 def test_a_stage_repeats_zero_1_and_one_rank(
     pool: RankPool, straight: Path, tmp_path: Path, world_size: int, parallel: ParallelConfig, stage: int
@@ -107,6 +108,34 @@ def test_a_stage_repeats_zero_1_and_one_rank(
         pool.run(world_size, train_on_rank, run_beside(straight, tmp_path / str(number), steps=5, parallel=parallel))
     assert largest_gap(tmp_path / str(stage), tmp_path / "1", steps=5) < SAME_LAYOUT
     assert largest_gap(tmp_path / str(stage), straight, steps=5) < CURVE
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_held_out_losses_and_samples_between_steps_are_those_of_zero_1(pool: RankPool, straight: Path, tmp_path: Path, stage: int) -> None:
+    """Measured with weights gathered outside of a step; the step after must not train on them, for the one before it changed them."""
+    for number in (1, stage):
+        config = run_beside(straight, tmp_path / str(number), steps=4, parallel=of_stage(layout(), number), interval_steps=2)
+        config = replace(
+            config,
+            evaluation=replace(config.evaluation, interval_steps=1, sample_interval_steps=2, sample_prompts=("a", "b")),
+            sample=replace(config.sample, steps=2),
+        )
+        pool.run(2, train_on_rank, config)
+    assert largest_gap(tmp_path / str(stage), tmp_path / "1", steps=4) < SAME_LAYOUT
+    ours, theirs = events(tmp_path / str(stage)), events(tmp_path / "1")
+    assert [event["event"] for event in ours] == [event["event"] for event in theirs]
+    losses = [(a["loss_by_t"], b["loss_by_t"]) for a, b in zip(ours, theirs, strict=True) if a["event"] == "eval"]
+    assert len(losses) == 5  # before the first step, and after each
+    assert all(a[t] == pytest.approx(b[t], rel=SAME_LAYOUT) for a, b in losses for t in b)
+    assert any(event["event"] == "sample" for event in ours)
+    names = sorted(path.name for path in (tmp_path / "1" / "samples").iterdir())
+    assert len(names) == 4
+    assert sorted(path.name for path in (tmp_path / str(stage) / "samples").iterdir()) == names
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    """All events of a run, in order."""
+    return [event for record in metrics(run_dir) for event in record["events"]]
 
 
 def test_a_restart_at_zero_3_repeats_the_uninterrupted_run_to_the_bit(pool: RankPool, straight: Path, tmp_path: Path) -> None:
