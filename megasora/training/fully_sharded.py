@@ -106,6 +106,7 @@ class FullyShardedAdam:
         self._rows = [held_rows(parameter) for parameter in self._parameters]
         self._masters = [nn.Parameter(rows) for rows, _ in self._rows]
         self.adam = _build_adam(self._parameters, self._masters, optimizer)
+        self._checked = False
         config.finalize_model_grads_func = self.finalize_gradients
 
     @property
@@ -145,8 +146,8 @@ class FullyShardedAdam:
             return
         dist.broadcast(num_tokens, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
         dist.all_reduce(num_tokens, group=groups.dp_cp)
-        if num_tokens > 0:
-            torch._foreach_mul_(gradients, 1.0 / num_tokens)
+        if count := int(num_tokens):
+            torch._foreach_mul_(gradients, 1.0 / count)
 
     def _gradients(self) -> list[Tensor]:
         """Gradients of the rows, in the order of the parameters."""
@@ -163,6 +164,7 @@ class FullyShardedAdam:
         Returns:
             (True, gradient norm before clipping, None), as Megatron's optimizers do.
         """
+        self._check_memory()
         gradients = self._gradients()
         norm = self._norm(gradients)
         limit = self.settings.clip_grad
@@ -173,6 +175,14 @@ class FullyShardedAdam:
         self.adam.step()
         reshard(self.chunks)
         return True, norm, None
+
+    def _check_memory(self) -> None:
+        """FSDP2 before torch 2.10 gave padded rows new memory at the first forward pass; Adam would step on the old."""
+        if self._checked:
+            return
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            assert held_rows(parameter)[0].data_ptr() == master.data_ptr(), "FSDP2 moved the rows of a parameter after Adam had taken them"
+        self._checked = True
 
     def _norm(self, gradients: Sequence[Tensor]) -> float:
         """Over all ranks; what TP ranks share is counted on the first."""
@@ -207,11 +217,11 @@ class FullyShardedAdam:
 
 
 def _build_adam(parameters: Sequence[Tensor], masters: Sequence[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """The Adam that Megatron would take here (Transformer Engine's, apex's or torch's), over what has rows on this rank."""
+    """The Adam that Megatron would take here (Transformer Engine's, apex's or torch's); it passes over what has no row on this rank,
+    because that gets no gradient."""
     decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter, master in zip(parameters, masters, strict=True):
-        if master.numel():
-            decayed[parameter.dim() > 1].append(master)
+        decayed[parameter.dim() > 1].append(master)
     groups = [
         {"params": members, "weight_decay": settings.weight_decay if matrices else 0.0} for matrices, members in decayed.items() if members
     ]
