@@ -177,7 +177,7 @@ class FullyShardedAdam:
         return True, norm, None
 
     def _check_memory(self) -> None:
-        """FSDP2 before torch 2.10 gave padded rows new memory at the first forward pass; Adam would step on the old."""
+        """FSDP2 used to give padded rows new memory at the first forward pass (pytorch pull 163130); Adam would step on the old."""
         if self._checked:
             return
         for parameter, master in zip(self._parameters, self._masters, strict=True):
