@@ -109,7 +109,7 @@ def loss_curve(precision: PrecisionConfig, *, steps: int, context: ParallelConte
         for parameter in chunks[0].parameters():
             parameter.data.mul_(1 + 2.0**-9 * torch.randn(parameter.shape, generator=generator).to(parameter))
     wrapped = wrap_for_training(chunks, config=config, parallel=parallel, context=context)
-    optimizer = build_optimizer(wrapped, optimizer=OPTIMIZER, parallel=parallel, dtype=config.params_dtype)
+    optimizer = build_optimizer(wrapped, optimizer=OPTIMIZER, dtype=config.params_dtype)
     refresh_masters(optimizer)
     ensure_adam_state(optimizer, step=0)
     losses = []

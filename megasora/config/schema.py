@@ -97,10 +97,13 @@ class ParallelConfig:
     """Double blocks recomputed per stage when recompute=count."""
     recompute_single_blocks: int = 0
     """Single blocks recomputed per stage when recompute=count."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What DP x CP ranks share out: 1 the optimizer's state (Megatron's distributed optimizer), 2 gradients too, 3 parameters too, gathered
+    block by block (torch's FSDP2)."""
     overlap_grad_reduce: bool | None = None
     """Overlap the data-parallel gradient reduction with the backward pass; None: on CUDA when DP x CP > 1."""
     overlap_param_gather: bool | None = None
-    """Overlap the distributed optimizer's (ZeRO-1, always on) parameter gather with the forward pass (needs overlap_grad_reduce);
+    """Overlap the distributed optimizer's (ZeRO-1) parameter gather with the forward pass (needs overlap_grad_reduce);
     None: where the gradient reduction overlaps by itself."""
     timeout_minutes: float = 30.0
     """How long a collective may wait before the job is ended."""

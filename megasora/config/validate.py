@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megasora.config.errors import UserError
-from megasora.config.parameters import modulation_parameters
+from megasora.config.parameters import double_block_parameters, modulation_parameters, single_block_parameters
 from megasora.config.pipeline_split import chunk_lengths, stage_parameters
 from megasora.config.schema import RunConfig
 
@@ -220,6 +220,26 @@ def _precision(config: RunConfig, world_size: int) -> Iterator[Problem]:
                 )
 
 
+def _zero(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """What ZeRO-2 and ZeRO-3 do not go with."""
+    parallel = config.parallel
+    if parallel.zero_stage == 1:
+        return
+    if config.precision.fp8 != "none":
+        yield Problem(
+            field="parallel.zero_stage",
+            message=f"{parallel.zero_stage} shards fp32 weights, which FP8 layers have not been shown to work with",
+            cure="use --parallel.zero_stage 1 or --precision.fp8 none",
+        )
+    for name in ("overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(parallel, name):
+            yield Problem(
+                field=f"parallel.{name}",
+                message=f"is Megatron's, for zero_stage 1; zero_stage {parallel.zero_stage} overlaps by itself",
+                cure=f"leave out --parallel.{name}",
+            )
+
+
 def _data(config: RunConfig, world_size: int) -> Iterator[Problem]:
     data, condition = config.data, config.condition
     weights = {name: getattr(condition, name) for name in condition.__dataclass_fields__}
@@ -321,15 +341,20 @@ def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
 
 def model_state_bytes(config: RunConfig, *, world_size: int) -> float:
     """Bytes of weights, gradients, optimizer and EMA on the fullest rank (facts: bf16 2 + fp32 gradients 4, fp32 master and moments 12 and
-    EMA 4 over the ranks that share them); activations come on top."""
-    parallel = config.parallel
+    EMA 4 over the ranks that share them); activations come on top. ZeRO-2 and ZeRO-3 share all but gathered weights (all of them, or the
+    block that runs and the next one) and a block's gradients on their way (in the weights' format and in fp32)."""
+    parallel, model = config.parallel, config.model
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     shards = max(1, world_size // (tp * pp))
-    fullest = max(stage_parameters(config.model, parallel))
+    fullest = max(stage_parameters(config.model, parallel)) / tp
     weight_bytes = 4 if config.precision.dtype == "fp32" else 2
-    master = 8 if config.precision.dtype == "fp32" else 12
     ema = 4 if config.optimizer.ema_decay > 0 else 0
-    return fullest / tp * (weight_bytes + 4 + (master + ema) / shards)
+    if parallel.zero_stage == 1:
+        master = 8 if config.precision.dtype == "fp32" else 12
+        return fullest * (weight_bytes + 4 + (master + ema) / shards)
+    block = max(double_block_parameters(model) if model.num_double_blocks else 0, single_block_parameters(model)) / tp
+    gathered = fullest if parallel.zero_stage == 2 else 2 * block
+    return weight_bytes * gathered + (weight_bytes + 4) * block + fullest * (16 + ema) / shards
 
 
 def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
@@ -349,7 +374,7 @@ def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
         )
 
 
-CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _data, _cache, _numbers, _sample, _memory)
+CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _zero, _data, _cache, _numbers, _sample, _memory)
 
 
 def problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> list[Problem]:

@@ -102,3 +102,28 @@ def step_end_traffic(
     if distributed_optimizer:
         return Traffic(reduce_scatter=grad_itemsize * parameters, all_gather=itemsize * parameters, all_reduce=reduced)
     return Traffic(all_reduce=reduced + grad_itemsize * parameters)
+
+
+def fully_sharded_traffic(
+    *, zero_stage: int, blocks: int, rest: int, shards: int, microbatches: int, itemsize: int, grad_itemsize: int
+) -> Traffic:
+    """One step of a chunk over DP x CP with ZeRO-2 or ZeRO-3: gathered weights and reduced gradients.
+
+    Gradients are reduce-scattered after every micro-batch. ZeRO-2 gathers once a step. ZeRO-3 gathers a block for its forward pass and for
+    its backward pass (where recomputation finds it), and what is in no block once a micro-batch: it is kept from a forward to the next
+    backward pass, whatever the pipeline runs between. Once a step the number of samples is added up, and over TP this rank's rows of the
+    gradients of `sequence_parallel_gradients` (not here).
+
+    Args:
+        zero_stage: 2 or 3.
+        blocks: elements of this rank's (TP-sharded) parameters in blocks, rows padded to a multiple of the shards.
+        rest: of the others.
+        shards: ranks of DP x CP.
+        microbatches: per step.
+        itemsize: bytes of a weight in the model's format.
+        grad_itemsize: of a reduced gradient.
+    """
+    if shards == 1:
+        return Traffic(all_reduce=4)
+    gathered = blocks + rest if zero_stage == 2 else microbatches * (2 * blocks + rest)
+    return Traffic(all_gather=itemsize * gathered, reduce_scatter=grad_itemsize * microbatches * (blocks + rest), all_reduce=4)

@@ -1,5 +1,7 @@
 """Adam on Megatron's distributed optimizer (ZeRO-1), its schedule, and the moving average of the fp32 weights.
 
+ZeRO-2 and ZeRO-3 are in `fully_sharded`; the functions here take either optimizer.
+
 Everything that reaches into the distributed optimizer's maps is here: which flat run of which parameter this rank owns.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -14,12 +17,33 @@ from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, MegatronOptimizer, 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
+from torch import nn
 
 from megasora.config.errors import UserError
 from megasora.config.schema import OptimizerConfig, ParallelConfig
 from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
+from megasora.training.fully_sharded import FullyShardedAdam, shard_fully
+from megasora.training.owned_shard import OwnedShard
+
+TrainingOptimizer: TypeAlias = MegatronOptimizer | FullyShardedAdam
+"""ZeRO-1, or ZeRO-2 and ZeRO-3."""
+
+
+def prepare_training(
+    chunks: Sequence[MMDiT],
+    *,
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    context: ParallelContext,
+) -> tuple[list[nn.Module], TrainingOptimizer]:
+    """(the chunks as the schedules take them, their optimizer) for the ZeRO stage of the run; sets the gradient finaliser."""
+    if parallel.zero_stage == 1:
+        wrapped = wrap_for_training(chunks, config=config, parallel=parallel, context=context)
+        return list(wrapped), build_optimizer(wrapped, optimizer=optimizer, dtype=config.params_dtype)
+    shard_fully(chunks, config=config, zero_stage=parallel.zero_stage, context=context)
+    return list(chunks), FullyShardedAdam(chunks, config=config, optimizer=optimizer, context=context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +114,11 @@ def wrap_for_training(
     return wrapped
 
 
-def sync_parameters(wrapped: Sequence[DistributedDataParallel]) -> None:
+def sync_parameters(wrapped: Sequence[nn.Module]) -> None:
     """Finish the optimizer's parameter gather: with overlap_param_gather it waits for the next training forward, and whoever looks at the
     parameters before (evaluation, checkpoint) would see the old ones."""
     for chunk in wrapped:
-        if chunk.ddp_config.overlap_param_gather:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
 
@@ -152,25 +176,19 @@ def learning_rate(step: int, *, config: OptimizerConfig) -> float:
     return rate * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else rate
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnedShard:
-    """The flat run of one local parameter whose optimizer state this rank holds."""
-
-    parameter: Tensor
-    """The local parameter."""
-    start: int
-    stop: int
-    """Elements [start, stop) of the flattened parameter."""
-    master: Tensor
-    """fp32 master weights of the run (for an fp32 model a view of the parameter)."""
-    state: dict[str, Tensor]
-    """Adam's exp_avg and exp_avg_sq of the run; filled by `ensure_adam_state` or the first step."""
-    counts_steps: bool
-    """Whether this Adam keeps its step here too, a tensor."""
+def zero_gradients(wrapped: Sequence[nn.Module], optimizer: TrainingOptimizer) -> None:
+    """Forget the gradients of the step before."""
+    for chunk in wrapped:
+        if isinstance(chunk, DistributedDataParallel):
+            chunk.zero_grad_buffer()
+    optimizer.zero_grad()
 
 
-def owned_shards(optimizer: MegatronOptimizer) -> Iterator[OwnedShard]:
-    """This rank's shards, in the order of the gradient buffers (the same at every call)."""
+def owned_shards(optimizer: TrainingOptimizer) -> Iterator[OwnedShard]:
+    """This rank's shards, in the order of the gradient buffers or parameters (the same at every call)."""
+    if isinstance(optimizer, FullyShardedAdam):
+        yield from optimizer.owned_shards()
+        return
     for inner in _distributed(optimizer):
         for buffer in inner.buffers:
             for parameter in buffer.param_index_map:
@@ -186,18 +204,19 @@ def owned_shards(optimizer: MegatronOptimizer) -> Iterator[OwnedShard]:
                     master=master,
                     state=inner.optimizer.state[master],
                     counts_steps=_counts_per_parameter(inner.optimizer),
+                    dtype=parameter.dtype,
                 )
 
 
-def ensure_adam_state(optimizer: MegatronOptimizer, *, step: int) -> None:
+def ensure_adam_state(optimizer: TrainingOptimizer, *, step: int) -> None:
     """Give every shard its own Adam state at `step`.
 
     torch's Adam counts in a tensor for each parameter (after a load they must not share one); Transformer Engine's and apex's FusedAdam,
     which Megatron-core takes where they are installed, count in their parameter groups.
     """
-    for inner in _distributed(optimizer):
-        if not _counts_per_parameter(inner.optimizer):
-            for group in inner.optimizer.param_groups:
+    for adam in _adams(optimizer):
+        if not _counts_per_parameter(adam):
+            for group in adam.param_groups:
                 group["step"] = step
     for shard in owned_shards(optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
@@ -211,15 +230,26 @@ def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
 
 
-def refresh_masters(optimizer: MegatronOptimizer) -> None:
+def refresh_masters(optimizer: TrainingOptimizer) -> None:
     """Copy freshly written parameters into the master shards (after initialising or importing weights)."""
+    if isinstance(optimizer, FullyShardedAdam):
+        optimizer.refresh_masters()
+        return
     for shard in owned_shards(optimizer):
         shard.master.data.copy_(shard.parameter.detach().view(-1)[shard.start : shard.stop])
 
 
+def _adams(optimizer: TrainingOptimizer) -> Iterator[torch.optim.Optimizer]:
+    if isinstance(optimizer, FullyShardedAdam):
+        yield optimizer.adam
+        return
+    for inner in _distributed(optimizer):
+        yield inner.optimizer
+
+
 def _distributed(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        assert isinstance(inner, DistributedOptimizer), f"ZeRO-1 is always on, got {type(inner).__name__}"
+        assert isinstance(inner, DistributedOptimizer), f"Megatron's optimizer is ZeRO-1's, got {type(inner).__name__}"
         yield inner
 
 
@@ -231,7 +261,7 @@ class EMA:
         decay: weight of the past per step.
     """
 
-    def __init__(self, optimizer: MegatronOptimizer, *, decay: float) -> None:
+    def __init__(self, optimizer: TrainingOptimizer, *, decay: float) -> None:
         self.decay = decay
         self.shards = list(owned_shards(optimizer))
         self.averages = [shard.master.detach().float().clone() for shard in self.shards]

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
+from torch import nn
 
 from megasora.checkpoint import store
 from megasora.checkpoint.source import open_source
@@ -44,6 +43,7 @@ from megasora.models.sampler import Sampler
 from megasora.parallel import groups
 from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.parallel.groups import ParallelContext
+from megasora.parallel.row_shards import reshard
 from megasora.parallel.transfer import send
 from megasora.perf.flops import training_flops
 from megasora.perf.peaks import peak_bf16_tflops
@@ -54,12 +54,13 @@ from megasora.training.metrics import MetricsLog, StepMetrics, film_strip
 from megasora.training.microbatch import velocity_loss
 from megasora.training.optimizer import (
     EMA,
-    build_optimizer,
+    TrainingOptimizer,
     ensure_adam_state,
     learning_rate,
+    prepare_training,
     refresh_masters,
     sync_parameters,
-    wrap_for_training,
+    zero_gradients,
 )
 from megasora.training.prerequisites import encoders_needed, open_training_cache
 from megasora.training.state import optimizer_tensors
@@ -74,9 +75,10 @@ class Trainee:
     """Everything that changes while training."""
 
     chunks: list[MMDiT]
-    wrapped: list[DistributedDataParallel]
+    wrapped: list[nn.Module]
+    """The chunks for training: in Megatron's DDP (ZeRO-1), or themselves (ZeRO-2 and 3)."""
     megatron_config: TransformerConfig
-    optimizer: MegatronOptimizer
+    optimizer: TrainingOptimizer
     ema: EMA | None
     step: int = 0
     """Optimizer steps done."""
@@ -180,8 +182,9 @@ def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: St
 def build_trainee(config: RunConfig, *, context: ParallelContext) -> Trainee:
     """Model chunks, DDP, optimizer and EMA of this rank; weights are not set yet."""
     chunks, megatron_config = build_chunks(config.model, config.parallel, config.precision, context=context)
-    wrapped = wrap_for_training(chunks, config=megatron_config, parallel=config.parallel, context=context)
-    optimizer = build_optimizer(wrapped, optimizer=config.optimizer, dtype=megatron_config.params_dtype)
+    wrapped, optimizer = prepare_training(
+        chunks, config=megatron_config, parallel=config.parallel, optimizer=config.optimizer, context=context
+    )
     ema = EMA(optimizer, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay > 0 else None
     return Trainee(chunks=chunks, wrapped=wrapped, megatron_config=megatron_config, optimizer=optimizer, ema=ema)
 
@@ -202,6 +205,7 @@ def _initialize(trainee: Trainee, *, config: RunConfig, context: ParallelContext
 
 
 def _checkpoint_tensors(trainee: Trainee, *, config: RunConfig, context: ParallelContext) -> dict[str, Any]:
+    reshard(trainee.chunks)
     return {
         **model_tensors(trainee.chunks, model=config.model, context=context),
         **optimizer_tensors(trainee.chunks, trainee.optimizer, trainee.ema, model=config.model, context=context),
@@ -383,9 +387,7 @@ def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context
     Raises:
         TrainingFailedError: the loss is not finite; nothing was changed.
     """
-    for chunk in trainee.wrapped:
-        chunk.zero_grad_buffer()
-    trainee.optimizer.zero_grad()
+    zero_gradients(trainee.wrapped, trainee.optimizer)
     reports = run_schedule(
         trainee.wrapped,
         batch.batches,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.optimizer import MegatronOptimizer
 
 from megasora.config.schema import ModelConfig
 from megasora.models.mmdit.canonical import canonical_parameters
@@ -17,11 +16,11 @@ from megasora.models.mmdit.model import MMDiT
 from megasora.models.mmdit.sharded_state import sharded, tensor_replica
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.shards import rectangles
-from megasora.training.optimizer import EMA, owned_shards
+from megasora.training.optimizer import EMA, TrainingOptimizer, owned_shards
 
 
 def optimizer_tensors(
-    chunks: Sequence[MMDiT], optimizer: MegatronOptimizer, ema: EMA | None, *, model: ModelConfig, context: ParallelContext
+    chunks: Sequence[MMDiT], optimizer: TrainingOptimizer, ema: EMA | None, *, model: ModelConfig, context: ParallelContext
 ) -> dict[str, ShardedTensor]:
     """Master weights (when they are not the parameters), Adam moments and EMA of this rank's flat runs."""
     at, tp = context.at, context.topology.tp
@@ -34,7 +33,7 @@ def optimizer_tensors(
     tensors: dict[str, ShardedTensor] = {}
     for number, shard in enumerate(owned_shards(optimizer)):
         buffers = {"exp_avg": shard.state["exp_avg"], "exp_avg_sq": shard.state["exp_avg_sq"]}
-        if shard.master.dtype != shard.parameter.dtype:
+        if shard.master.dtype != shard.dtype:
             buffers["master"] = shard.master.data
         if averages:
             buffers["ema"] = averages[number]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megasora.config.errors import UserError
-from megasora.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig, RunConfig
+from megasora.config.schema import OptimizerConfig, PrecisionConfig, RunConfig
 from tests.gpu_emulated.layouts import Case, one_step
 from tests.gpu_emulated.runs import gpu_run, train_on_gpu
 from tests.gpu_emulated.test_layers import all_together, layout, reference
@@ -103,5 +103,5 @@ def test_training_on_the_cpu_beside_a_fused_adam_is_refused_in_one_line(monkeypa
 
     monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
     with pytest.raises(UserError, match=r"takes the FusedAdam of .*; train with --device cuda, or on the CPU") as refused:
-        optimizer.build_optimizer([nn.Linear(2, 2)], optimizer=OptimizerConfig(), parallel=ParallelConfig(), dtype=torch.float32)  # type: ignore[list-item]
+        optimizer.build_optimizer([nn.Linear(2, 2)], optimizer=OptimizerConfig(), dtype=torch.float32)  # type: ignore[list-item]
     assert "\n" not in str(refused.value)

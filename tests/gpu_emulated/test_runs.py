@@ -96,3 +96,24 @@ def test_encoding_ahead_changes_no_bit(gpus: RankPool, tmp_path: Path) -> None:
         config = gpu_run(tmp_path / name, steps=4)
         gpus.run(1, train_on_gpu, replace(config, data=replace(config.data, encode_ahead=ahead)))
     assert curve(tmp_path / "on") == curve(tmp_path / "off")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_fully_sharded_run_repeats_zero_1_and_restarts_to_the_bit(gpus: RankPool, tmp_path: Path, stage: int) -> None:
+    """Transformer Engine's layers on gathered bf16 weights, recomputed; FusedAdam on rows of fp32."""
+
+    def config(name: str, zero_stage: int, steps: int) -> RunConfig:
+        parallel = ParallelConfig(zero_stage=zero_stage, recompute="full")  # type: ignore[arg-type]
+        return gpu_run(tmp_path / name, steps=steps, parallel=parallel)
+
+    gpus.run(2, train_on_gpu, config("zero1", 1, 4))
+    (calls, _) = gpus.run(2, train_on_gpu, config("straight", stage, STEPS))
+    assert sorted(set(calls["adam"])) == list(range(1, STEPS + 1))
+    assert set(calls["gemm"]) == {"bf16"}
+    gpus.run(2, train_on_gpu, config("restarted", stage, 2))
+    gpus.run(2, train_on_gpu, config("restarted", stage, STEPS))
+    assert curve(tmp_path / "restarted") == curve(tmp_path / "straight")
+    for (loss, norm), (expected, expected_norm) in zip(curve(tmp_path / "straight"), curve(tmp_path / "zero1"), strict=False):
+        assert loss == pytest.approx(expected, rel=2.0**-8)  # bf16
+        assert norm == pytest.approx(expected_norm, rel=2.0**-5)

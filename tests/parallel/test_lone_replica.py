@@ -28,7 +28,7 @@ def step_on_rank(rank: int, parallel: ParallelConfig, dtype: str) -> dict[str, A
     chunks, config = build_chunks(MODEL, parallel, PrecisionConfig(dtype=dtype), context=context)  # type: ignore[arg-type]
     fill(list(chunks), context, MODEL)
     wrapped = wrap_for_training(chunks, config=config, parallel=parallel, context=context)
-    optimizer = build_optimizer(wrapped, optimizer=ADAM, parallel=parallel, dtype=config.params_dtype)
+    optimizer = build_optimizer(wrapped, optimizer=ADAM, dtype=config.params_dtype)
     refresh_masters(optimizer)
     ensure_adam_state(optimizer, step=0)
     for chunk in wrapped:

@@ -11,20 +11,23 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megasora.config.schema import PrecisionConfig
+from megasora.config.schema import OptimizerConfig, PrecisionConfig
 from megasora.models.mmdit.build import build_chunks
 from megasora.models.mmdit.schedule import run_schedule
 from megasora.parallel import groups
 from megasora.perf.collectives import (
     StageShape,
     Traffic,
+    fully_sharded_traffic,
     pipeline_traffic,
     ring_traffic,
+    sequence_parallel_gradients,
     step_end_traffic,
     tensor_parallel_traffic,
     ulysses_traffic,
 )
 from megasora.training.microbatch import velocity_loss
+from megasora.training.optimizer import prepare_training
 from tests.parallel.layouts import Case, fill, microbatches
 from tests.parallel.test_parity import layout
 from tests.pool import RankPool
@@ -60,9 +63,15 @@ def measure(rank: int, case: Case) -> tuple[dict[str, int], dict[str, int]]:
     context = groups.initialize(case.parallel, device=torch.device("cpu"), num_attention_heads=case.model.num_attention_heads, seed=1)
     chunks, config = build_chunks(case.model, case.parallel, PrecisionConfig(dtype="fp32"), context=context, dtype=case.dtype)
     fill(chunks, context, case.model)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False)
-    wrapped = [DistributedDataParallel(config, ddp_config, chunk, pg_collection=context.pg_collection) for chunk in chunks]
-    config.finalize_model_grads_func = finalize_model_grads
+    shards, zero_stage = context.pg_collection.dp_cp.size(), case.parallel.zero_stage
+    sizes_of = [(padded_elements(chunk.double_blocks, shards) + padded_elements(chunk.single_blocks, shards), chunk) for chunk in chunks]
+    in_chunks = [(blocks, padded_elements(chunk, shards) - blocks) for blocks, chunk in sizes_of]
+    if zero_stage == 1:
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False)
+        wrapped = [DistributedDataParallel(config, ddp_config, chunk, pg_collection=context.pg_collection) for chunk in chunks]
+        config.finalize_model_grads_func = finalize_model_grads
+    else:
+        wrapped, _ = prepare_training(chunks, config=config, parallel=case.parallel, optimizer=OptimizerConfig(), context=context)
     batches = microbatches(case, context)
     with CountBytes() as counter:
         run_schedule(
@@ -78,7 +87,7 @@ def measure(rank: int, case: Case) -> tuple[dict[str, int], dict[str, int]]:
     known["other"] = sum(size for name, size in counter.bytes.items() if name not in ("recv_", "broadcast_"))
     expected = Traffic()
     tp, size = context.topology.tp, 8
-    for chunk in chunks:
+    for chunk, (in_blocks, rest) in zip(chunks, in_chunks, strict=True):
         shape = StageShape(
             num_double=len(chunk.double_blocks),
             num_single=len(chunk.single_blocks),
@@ -100,6 +109,12 @@ def measure(rank: int, case: Case) -> tuple[dict[str, int], dict[str, int]]:
                 backward=not shape.pre_process,
                 itemsize=size,
             )
+        if zero_stage > 1:
+            of_dp = {"blocks": in_blocks, "rest": rest, "shards": shards, "microbatches": len(batches)}
+            expected += fully_sharded_traffic(zero_stage=zero_stage, itemsize=size, grad_itemsize=size, **of_dp)
+            if tp > 1:
+                expected += Traffic(all_reduce=size * sequence_parallel_gradients(shape, model=case.model) // shards)
+            continue
         parameters = sum(parameter.numel() for parameter in chunk.parameters())
         expected += step_end_traffic(
             shape, model=case.model, tp=tp, parameters=parameters, distributed_optimizer=False, itemsize=size, grad_itemsize=size
@@ -107,6 +122,12 @@ def measure(rank: int, case: Case) -> tuple[dict[str, int], dict[str, int]]:
     formula = {name: getattr(expected, name) for name in expected.__dataclass_fields__}
     formula["all_reduce"] -= 4 * (len(chunks) - 1)  # the number of samples is reduced once, not per chunk
     return known, {**formula, "other": 0}
+
+
+def padded_elements(module: torch.nn.Module, shards: int) -> int:
+    """Elements of a module's parameters, their rows padded to a multiple of the shards."""
+    rows = [(parameter.shape[0], parameter[0].numel()) for parameter in module.parameters()]
+    return sum(-(-count // shards) * shards * width for count, width in rows)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +140,28 @@ def measure(rank: int, case: Case) -> tuple[dict[str, int], dict[str, int]]:
         (2, layout(pp=2)),
         (2, layout(pp=2, vp=2)),
         (8, layout(tp=2, pp=2, cp=2)),
+        (3, layout(zero_stage=2)),
+        (3, layout(zero_stage=3)),
+        (2, layout(zero_stage=3, recompute="full")),
+        (8, layout(zero_stage=3, tp=2, pp=2)),
+        (4, layout(zero_stage=3, pp=2, vp=2)),
     ],
-    ids=["tp2", "cp2 ulysses", "cp4 ring", "cp4 both", "pp2", "pp2 vp2", "tp2 pp2 cp2"],
+    ids=[
+        "tp2",
+        "cp2 ulysses",
+        "cp4 ring",
+        "cp4 both",
+        "pp2",
+        "pp2 vp2",
+        "tp2 pp2 cp2",
+        "zero2",
+        "zero3",
+        "zero3 recompute",
+        "zero3 tp2 pp2",
+        "zero3 pp2 vp2",
+    ],
 )
 def test_a_step_sends_what_the_formula_says(pool: RankPool, world_size: int, parallel: Any) -> None:
-    for rank, (counted, formula) in enumerate(pool.run(world_size, measure, Case(parallel=parallel))):
+    case = Case(parallel=parallel, num_microbatches=2 if world_size == 3 else 4)  # of eight samples
+    for rank, (counted, formula) in enumerate(pool.run(world_size, measure, case)):
         assert counted == formula, f"rank {rank}"

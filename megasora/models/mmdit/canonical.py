@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from megasora.config.schema import ModelConfig
+from megasora.parallel.row_shards import held_rows, pieces_of_rows
 from megasora.parallel.shards import Piece
 
 _RENAMES = (
@@ -108,3 +109,12 @@ def canonical_parameters(
     """(local name, parameter, pieces) of every parameter of a stage, in registration order."""
     for name, parameter in module.named_parameters():
         yield name, parameter, pieces_of(name, tuple(parameter.shape), model=model, tp_rank=tp_rank, tp_size=tp_size)
+
+
+def held_parameters(
+    module: nn.Module, *, model: ModelConfig, tp_rank: int, tp_size: int
+) -> Iterator[tuple[Tensor, Tensor, tuple[Piece, ...]]]:
+    """(parameter, what this rank holds of it, pieces of that) of every parameter of a stage; ZeRO-2 and ZeRO-3 hold a run of its rows."""
+    for _, parameter, pieces in canonical_parameters(module, model=model, tp_rank=tp_rank, tp_size=tp_size):
+        held, first = held_rows(parameter)
+        yield parameter, held, pieces_of_rows(pieces, first=first, count=held.shape[0])

@@ -12,7 +12,7 @@ import torch
 
 from megasora.config.schema import ModelConfig
 from megasora.diffusion.philox import Stream, key_of, normal_at
-from megasora.models.mmdit.canonical import canonical_parameters
+from megasora.models.mmdit.canonical import held_parameters
 from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.shards import Piece
@@ -25,9 +25,9 @@ _ZERO = ("_mod.lin.", ".modulation.lin.", "final_layer.", "cond_in.")
 def initialize_weights(chunks: list[MMDiT], *, model: ModelConfig, context: ParallelContext, seed: int) -> None:
     """Fill every parameter of this rank's chunks."""
     for chunk in chunks:
-        for _, parameter, pieces in canonical_parameters(chunk, model=model, tp_rank=context.at.tp, tp_size=context.topology.tp):
+        for _, held, pieces in held_parameters(chunk, model=model, tp_rank=context.at.tp, tp_size=context.topology.tp):
             for piece in pieces:
-                piece.view(parameter.data).copy_(initial_values(piece, seed=seed, device=parameter.device))
+                piece.view(held).copy_(initial_values(piece, seed=seed, device=held.device))
 
 
 def initial_values(piece: Piece, *, seed: int, device: torch.device) -> torch.Tensor:

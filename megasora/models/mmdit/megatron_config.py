@@ -66,7 +66,7 @@ def transformer_config(
         fp8_recipe=None if precision.fp8 == "none" else precision.fp8,
         use_cpu_initialization=on_cpu,
         perform_initialization=False,
-        gradient_accumulation_fusion=provider == "te",
+        gradient_accumulation_fusion=provider == "te" and parallel.zero_stage == 1,  # it adds to a buffer of whole gradients
         calculate_per_token_loss=True,
         qk_layernorm=True,
         variable_seq_lengths=True,

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megasora.config.schema import ModelConfig
-from megasora.models.mmdit.canonical import canonical_parameters
+from megasora.models.mmdit.canonical import held_parameters
 from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
 
@@ -19,15 +20,16 @@ def sharded(name: str, data: Tensor, global_shape: tuple[int, ...], offset: tupl
 
 
 def model_tensors(chunks: Sequence[MMDiT], *, model: ModelConfig, context: ParallelContext) -> dict[str, ShardedTensor]:
-    """The parameters themselves."""
+    """The parameters in the model's number format: themselves, or (ZeRO-2 and 3 in bf16) a rounded copy of this rank's fp32 rows."""
     at, tp = context.at, context.topology.tp
     copy = context.pg_collection.dp_cp.rank()
     tensors: dict[str, ShardedTensor] = {}
     for chunk in chunks:
-        for _, parameter, pieces in canonical_parameters(chunk, model=model, tp_rank=at.tp, tp_size=tp):
+        for parameter, held, pieces in held_parameters(chunk, model=model, tp_rank=at.tp, tp_size=tp):
+            data = held.to(chunk.config.params_dtype)
             for piece in pieces:
-                view = piece.view(parameter.data)
-                replica = (0, tensor_replica(parameter, at.tp), copy)
+                view = piece.view(data)
+                replica = (0, tensor_replica(parameter, at.tp), 0 if isinstance(parameter, DTensor) else copy)
                 name = f"model.{piece.key}"
                 tensors[f"{name}@{piece.global_offset}"] = sharded(name, view, piece.global_shape, piece.global_offset, replica)
     return tensors

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megasora.config.errors import UserError
 from megasora.config.schema import ModelConfig
-from megasora.models.mmdit.canonical import canonical_parameters
+from megasora.models.mmdit.canonical import canonical_parameters, held_parameters
 from megasora.models.mmdit.model import MMDiT
 from megasora.models.mmdit.sharded_state import tensor_replica
 from megasora.parallel.groups import ParallelContext
@@ -31,9 +31,9 @@ def fill_parameters(
         UserError: a tensor of integers where weights are expected.
     """
     for chunk in chunks:
-        for _, parameter, pieces in canonical_parameters(chunk, model=model, tp_rank=context.at.tp, tp_size=context.topology.tp):
+        for _, held, pieces in held_parameters(chunk, model=model, tp_rank=context.at.tp, tp_size=context.topology.tp):
             for piece in pieces:
-                view = piece.view(parameter.data)
+                view = piece.view(held)
                 if piece.key not in known:
                     view.zero_()
                     continue

@@ -158,3 +158,29 @@ def test_memory_matches_the_written_table(world: int, tp: int, gigabytes: float)
         config, optimizer=replace(config.optimizer, ema_decay=0.0), parallel=replace(config.parallel, tensor_model_parallel_size=tp)
     )
     assert model_state_bytes(config, world_size=world) / 1e9 == pytest.approx(gigabytes, abs=0.1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fully_sharded_weights_refuse_fp8_and_overlaps_of_megatron(stage: int) -> None:
+    config = replace(recipes.get("tiny"), device="cuda")
+    config = replace(config, precision=replace(config.precision, dtype="bf16"), parallel=replace(config.parallel, zero_stage=stage))
+    assert blamed(config) == []
+    assert blamed(replace(config, precision=replace(config.precision, fp8="tensorwise"))) == ["parallel.zero_stage"]
+    overlapping = replace(config.parallel, overlap_grad_reduce=True, overlap_param_gather=True)
+    assert blamed(replace(config, parallel=overlapping)) == ["parallel.overlap_grad_reduce", "parallel.overlap_param_gather"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "tp", "gigabytes"),
+    [
+        # P = 11.891 B; a double block has 36 H^2 + ... = 0.340 B parameters (H 3072), with 2 + 4 bytes of gradients on their way
+        (2, 224, 1, 2 * 11.891 + 6 * 0.340 + 16 * 11.891 / 224),
+        (3, 224, 1, 4 * 0.340 + 6 * 0.340 + 16 * 11.891 / 224),
+        (3, 8, 2, (4 * 0.340 + 6 * 0.340 + 16 * 11.891 / 4) / 2),
+    ],
+)
+def test_memory_of_shared_gradients_and_weights(stage: int, world: int, tp: int, gigabytes: float) -> None:
+    config = recipes.get("opensora2_stage1")
+    parallel = replace(config.parallel, tensor_model_parallel_size=tp, zero_stage=stage)
+    config = replace(config, optimizer=replace(config.optimizer, ema_decay=0.0), parallel=parallel)
+    assert model_state_bytes(config, world_size=world) / 1e9 == pytest.approx(gigabytes, abs=0.02)
