@@ -1,12 +1,12 @@
 """A training step on 1, 2, 4 and 8 gloo ranks of this machine, one thread each: what splitting it by TP, PP, CP or DP adds.
 
-    python -m benchmarks.ranks [--steps 8] [--json]
+    python -m benchmarks.ranks [--steps 8] [--ranks 1 2 4 8] [--json]
 
 Every layout does the same step: 8 samples of 32 text and 256 video tokens, one to a micro-batch, hidden 256, 4 + 4 blocks, fp32, with
 agreement, clipping, Adam and moving average. More ranks than cores share the cores, so wall time says little; the columns that mean
 something anywhere are
 
-  work   CPU seconds of all ranks together over those of one rank alone: 1.00 is a split that costs nothing
+  work   CPU seconds of all ranks together over those of one rank alone: 1.00 is a split that costs nothing; system = the OS's share
   wall   seconds of a step over one rank's divided by the cores it could use: 1.00 is all cores busy with useful work
   gloo   time inside gloo's operations for a rank and step (torch.profiler, steps of their own), and its share of the step; waiting for
          the other ranks, which share the cores, is in it
@@ -68,9 +68,17 @@ class Cost:
     """What a step cost a rank."""
 
     wall_s: float
-    cpu_s: float
+    user_s: float
+    """CPU time in the program."""
+    system_s: float
+    """CPU time in the operating system: sockets, pages, switches."""
     gloo_s: float
     loss: float
+
+    @property
+    def cpu_s(self) -> float:
+        """All CPU time."""
+        return self.user_s + self.system_s
 
 
 def config_of(axis: str, ranks: int) -> RunConfig:
@@ -105,14 +113,14 @@ def own_batches(context: ParallelContext) -> StepBatch:
     return step_batch(batches, tokens=SAMPLES * (SHAPE.text_tokens + SHAPE.video_tokens))
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process, all threads, user and system."""
+def cpu_seconds() -> tuple[float, float]:
+    """(user, system) CPU time of this process, all threads."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    return usage.ru_utime, usage.ru_stime
 
 
 def measure_rank(rank: int, config: RunConfig, steps: int) -> Cost:
-    """Medians over steps of one rank; the profiler runs on steps of its own."""
+    """Means over steps of one rank; the profiler runs on steps of its own."""
     context = groups.initialize(config.parallel, device=torch.device("cpu"), num_attention_heads=MODEL.num_attention_heads, seed=0)
     trainee = build_trainee(config, context=context)
     initialize_weights(trainee.chunks, model=MODEL, context=context, seed=0)
@@ -125,15 +133,21 @@ def measure_rank(rank: int, config: RunConfig, steps: int) -> Cost:
 
     first = [step() for _ in range(WARM_STEPS)][0]
     dist.barrier()
-    started, cpu = time.perf_counter(), cpu_seconds()
+    started, (user, system) = time.perf_counter(), cpu_seconds()
     for _ in range(steps):
         step()
-    wall, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    wall, (user_after, system_after) = time.perf_counter() - started, cpu_seconds()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(max(1, steps // 2)):
             step()
     gloo = sum(event.cpu_time_total for event in profile.key_averages() if event.key.startswith("gloo:")) / 1e6
-    return Cost(wall_s=wall / steps, cpu_s=cpu / steps, gloo_s=gloo / max(1, steps // 2), loss=first)
+    return Cost(
+        wall_s=wall / steps,
+        user_s=(user_after - user) / steps,
+        system_s=(system_after - system) / steps,
+        gloo_s=gloo / max(1, steps // 2),
+        loss=first,
+    )
 
 
 def row_of(axis: str, ranks: int, costs: list[Cost], one: Cost) -> dict[str, Any]:
@@ -145,6 +159,8 @@ def row_of(axis: str, ranks: int, costs: list[Cost], one: Cost) -> dict[str, Any
         "axis": axis,
         "ranks": ranks,
         "work": sum(cost.cpu_s for cost in costs) / one.cpu_s,
+        "cpu_s": sum(cost.cpu_s for cost in costs),
+        "system_share": sum(cost.system_s for cost in costs) / sum(cost.cpu_s for cost in costs),
         "wall": wall / (one.wall_s / cores),
         "wall_s": wall,
         "gloo_s": gloo,
@@ -153,27 +169,33 @@ def row_of(axis: str, ranks: int, costs: list[Cost], one: Cost) -> dict[str, Any
     }
 
 
+def line_of(row: dict[str, Any]) -> str:
+    """For people."""
+    return (
+        f"{row['axis']:<5}{row['ranks']}  work {row['work']:.2f} ({1e3 * row['cpu_s']:.0f} CPU ms, {row['system_share']:.0%} system)  "
+        f"wall {row['wall']:.2f} ({1e3 * row['wall_s']:.0f} ms)  gloo {1e3 * row['gloo_s']:.0f} ms ({row['gloo_share']:.0%})  "
+        f"loss gap {row['loss_gap']:.1e}"
+    )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2, 4, 8), choices=(1, 2, 4, 8))
     parser.add_argument("--json", action="store_true", help="only the JSON line")
     arguments = parser.parse_args()
     pool = RankPool(timeout_s=900)
     rows = []
     try:
         (one,) = pool.run(1, measure_rank, config_of("none", 1), arguments.steps)
-        for ranks in (1, 2, 4, 8):
+        for ranks in arguments.ranks:
             for axis in ("none",) if ranks == 1 else ("TP", "PP", "CP", "DP"):
                 costs = [one] if ranks == 1 else pool.run(ranks, measure_rank, config_of(axis, ranks), arguments.steps)
                 row = row_of(axis, ranks, costs, one)
                 rows.append(row)
                 if not arguments.json:
-                    print(
-                        f"{axis:<5}{ranks}  work {row['work']:.2f}  wall {row['wall']:.2f} ({1e3 * row['wall_s']:.0f} ms)  "
-                        f"gloo {1e3 * row['gloo_s']:.0f} ms ({row['gloo_share']:.0%})  loss gap {row['loss_gap']:.1e}",
-                        flush=True,
-                    )
+                    print(line_of(row), flush=True)
     finally:
         pool.close()
     print(json.dumps({"steps": arguments.steps, "cores": os.cpu_count(), "rows": rows}))
