@@ -36,7 +36,7 @@ from megasora.parallel.pack import Pack, PackSplit, SampleShape
 from megasora.training.feed import StepBatch
 from megasora.training.microbatch import TrainingSample, build_microbatch
 from megasora.training.optimizer import ensure_adam_state, refresh_masters
-from megasora.training.run import build_trainee, train_step
+from megasora.training.step import build_trainee, train_step
 from tests.pool import RankPool
 
 MODEL = ModelConfig(

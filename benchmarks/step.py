@@ -42,7 +42,7 @@ from megasora.training.feed import StepBatch
 from megasora.training.metrics import MetricsLog
 from megasora.training.microbatch import TrainingSample, build_microbatch
 from megasora.training.optimizer import EMA, ensure_adam_state, refresh_masters
-from megasora.training.run import Trainee, build_trainee, step_metrics, train_step
+from megasora.training.step import Trainee, build_trainee, step_metrics, train_step
 
 CONFIG = replace(recipes.get("tiny"), model=MODEL, optimizer=OptimizerConfig(lr=1e-4, eps=1e-8, ema_decay=0.9999))
 STEPS_KNOWN = 100_000

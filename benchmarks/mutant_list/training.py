@@ -46,14 +46,14 @@ MUTANTS = (
     Mutant("milestone one step late", "megasora/training/optimizer.py", "if step >= milestone:", "if step > milestone:", RATES),
     Mutant(
         "rate of the next step",
-        "megasora/training/run.py",
+        "megasora/training/step.py",
         "learning_rate(trainee.step, config",
         "learning_rate(trainee.step + 1, config",
         STEPS,
     ),
     Mutant(
         "rate reported one step off",
-        "megasora/training/run.py",
+        "megasora/training/step.py",
         "learning_rate(trainee.step - 1,",
         "learning_rate(trainee.step,",
         STEPS,
@@ -78,7 +78,7 @@ MUTANTS = (
     Mutant("EMA decay on the wrong side", "megasora/training/optimizer.py", "1 - self.decay)", "self.decay)", STEPS),
     Mutant(
         "EMA before the optimizer's step",
-        "megasora/training/run.py",
+        "megasora/training/step.py",
         "        _, norm, _ = trainee.optimizer.step()\n        grad_norm = float(norm)\n        if trainee.ema is not None:\n"
         "            trainee.ema.update()\n",
         "        if trainee.ema is not None:\n            trainee.ema.update()\n        _, norm, _ = trainee.optimizer.step()\n"
@@ -130,21 +130,21 @@ MUTANTS = (
     ),
     Mutant(
         "a loss that is no number is trained on",
-        "megasora/training/run.py",
+        "megasora/training/step.py",
         "if counted and not math.isfinite(loss):",
         "if False:",
         STEPS,
     ),
     Mutant(
         "loss over packs, not samples",
-        "megasora/training/run.py",
+        "megasora/training/step.py",
         "(total / count if count else math.nan)",
         "(total / len(batch.batches) if count else math.nan)",
         DRAWS,
     ),
     Mutant(
         "rate of work of the whole job, not of a GPU",
-        "megasora/training/run.py",
+        "megasora/training/step.py",
         "flops / seconds / context.world_size",
         "flops / seconds",
         DRAWS,

@@ -62,7 +62,7 @@ LAYOUTS = {
     "tp2 cp2 ring, recompute": (4, layout(tp=2, cp=2, context_parallel_backend="ring", recompute="full")),
 }
 ALLOWED = {
-    "training/run.py:_agree": "loss, counts and times of all ranks in one copy: a loss that is not finite stops the run",
+    "training/step.py:_agree": "loss, counts and times of all ranks in one copy: a loss that is not finite stops the run",
     "core/distributed/finalize_model_grads.py:finalize_model_grads": "Megatron divides by the samples if there are any",
     "core/optimizer/clip_grads.py:get_grad_norm_fp32": "Megatron's gradient norm, which is logged too",
 }
