@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from megasora.config.schema import OptimizerConfig, PrecisionConfig
 from megasora.models.mmdit.build import build_chunks
@@ -11,6 +13,7 @@ from megasora.models.mmdit.canonical import held_parameters
 from megasora.models.mmdit.schedule import run_schedule
 from megasora.parallel import groups
 from megasora.parallel.row_shards import reshard
+from megasora.training import fully_sharded
 from megasora.training.fully_sharded import FullyShardedAdam
 from megasora.training.microbatch import velocity_loss
 from megasora.training.optimizer import prepare_training, zero_gradients
@@ -23,7 +26,14 @@ def sharded_step(rank: int, case: Case) -> Measured:
     chunks, config = build_chunks(case.model, case.parallel, PrecisionConfig(dtype="fp32"), context=context, dtype=case.dtype)
     fill(list(chunks), context, case.model)
     settings = OptimizerConfig(clip_grad=0.0, lr=0.0)
-    wrapped, optimizer = prepare_training(chunks, config=config, parallel=case.parallel, optimizer=settings, context=context)
+    with pytest.MonkeyPatch.context() as patch:
+        if case.mistake == "marks of parameters lost":
+            patch.setattr(fully_sharded, "_MARKS", ())
+        wrapped, optimizer = prepare_training(chunks, config=config, parallel=case.parallel, optimizer=settings, context=context)
+    if case.mistake == "gradients averaged over replicas":
+        for module in wrapped[0].modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(float(context.pg_collection.dp_cp.size()))
     assert isinstance(optimizer, FullyShardedAdam)
     zero_gradients(wrapped, optimizer)
     reports = run_schedule(

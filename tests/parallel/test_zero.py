@@ -15,6 +15,7 @@ from megasora.checkpoint import store
 from megasora.checkpoint.megatron_io import MegatronReader
 from megasora.checkpoint.tensors import as_torch
 from megasora.config.schema import ParallelConfig, RunConfig
+from megasora.training import fully_sharded
 from tests.parallel.layouts import Case, assemble, relative_gaps
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
 from tests.parallel.sharded_steps import sharded_step
@@ -50,6 +51,14 @@ def test_a_step_has_the_gradients_of_one_rank(pool: RankPool, name: str, stage: 
     assert results[0].grad_norm == pytest.approx(expected.grad_norm, rel=EXACT)
     gaps = relative_gaps(assemble(results), gradients)
     assert max(gaps.values()) < EXACT, max(gaps.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("mistake", ["gradients averaged over replicas", "marks of parameters lost"])
+def test_a_mistake_in_the_sums_is_noticed(pool: RankPool, mistake: str) -> None:
+    case = Case(parallel=layout(tp=2, zero_stage=3), num_microbatches=2, mistake=mistake)
+    results = pool.run(4, sharded_step, case)
+    expected, _ = reference(pool, case)
+    assert abs(results[0].grad_norm / expected.grad_norm - 1) > 1e-3
 
 
 STEPS = 12
@@ -131,6 +140,18 @@ def test_held_out_losses_and_samples_between_steps_are_those_of_zero_1(pool: Ran
     names = sorted(path.name for path in (tmp_path / "1" / "samples").iterdir())
     assert len(names) == 4
     assert sorted(path.name for path in (tmp_path / str(stage) / "samples").iterdir()) == names
+
+
+def train_on_old_weights(rank: int, config: RunConfig) -> None:
+    """A run whose gathered weights outlive the optimizer's step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fully_sharded, "reshard", lambda chunks: None)
+        train_on_rank(rank, config)
+
+
+def test_a_stage_that_trained_on_old_weights_would_be_noticed(pool: RankPool, straight: Path, tmp_path: Path) -> None:
+    pool.run(2, train_on_old_weights, run_beside(straight, tmp_path / "old", steps=3, parallel=of_stage(layout(), 2)))
+    assert largest_gap(tmp_path / "old", straight, steps=3) > 100 * CURVE
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
