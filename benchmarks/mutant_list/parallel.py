@@ -12,9 +12,23 @@ MUTANTS = (
     Mutant(
         "context ranks own runs of tokens",
         "megasora/parallel/pack.py",
-        "range(cp_rank, length, self.split.cp)[_part(",
-        "range(cp_rank * length // self.split.cp, length)[_part(",
+        "range(cp_rank, length, self.split.cp)[_part(length // self.split.cp, tp_rank, self.split.tp)]",
+        "range(length)[_part(length, cp_rank * self.split.tp + tp_rank, self.split.cp * self.split.tp)]",
         PACK,
+    ),
+    Mutant(
+        "a pack is sent from pageable memory",
+        "megasora/parallel/transfer.py",
+        "dtype=torch.uint8, pin_memory=True",
+        "dtype=torch.uint8",
+        ("tests/gpu_emulated/test_transfer.py",),
+    ),
+    Mutant(
+        "the ring waits for each gradient hop",
+        "megasora/parallel/context.py",
+        "travelling = _pass_on(grad_chunk, group)",
+        "travelling = _pass_on(grad_chunk, group)\n                grad_chunk = travelling.arrive()",
+        ("tests/parallel/test_ring.py",),
     ),
     Mutant("row multiple ignored", "megasora/parallel/pack.py", "self.tp * self.cp * self.row_multiple", "self.tp * self.cp", PACK),
     Mutant(

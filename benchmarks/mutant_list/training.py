@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutant_list.mutant import (
+    AHEAD,
     APEX_REFUSED,
     DRAWS,
     LOG,
@@ -172,7 +173,30 @@ MUTANTS = (
         "(frames, height, width)",
         DRAWS,
     ),
-    Mutant("a failed clip counts", "megasora/training/feed.py", "weight=weights[place])", "weight=1.0)", DRAWS),
+    Mutant("a failed clip counts", "megasora/training/feed.py", "weight=weight,", "weight=1.0,", DRAWS),
+    Mutant(
+        "the next item is begun after the last was used",
+        "megasora/training/ahead.py",
+        "            self._next = self._pool.submit(self._make)\n            del made\n            yield item\n",
+        "            del made\n            yield item\n            self._next = self._pool.submit(self._make)\n",
+        AHEAD,
+    ),
+    Mutant("what was made ahead is used before it is ready", "megasora/training/ahead.py", "        stream.wait_event(ready)\n", "", AHEAD),
+    Mutant("memory made ahead is used again too early", "megasora/training/ahead.py", "tensor.record_stream(stream)", "del tensor", AHEAD),
+    Mutant(
+        "overlap is on without replicas",
+        "megasora/training/optimizer.py",
+        "by_itself = on_cuda and replicas > 1",
+        "by_itself = on_cuda",
+        ("tests/unit/training/test_overlap.py",),
+    ),
+    Mutant(
+        "a number is copied to the device for each micro-batch",
+        "megasora/training/microbatch.py",
+        "torch.full((), counted, dtype=torch.int32, device=output.device)",
+        "torch.tensor(counted, dtype=torch.int32, device=output.device)",
+        ("tests/gpu_emulated/test_host_waits.py::test_a_step_waits_only_where_it_must[one rank, recompute]",),
+    ),
     Mutant(
         "a filler pack counts",
         "megasora/training/feed.py",

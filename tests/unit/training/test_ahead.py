@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -91,3 +92,53 @@ def test_settled_means_that_the_thread_is_idle() -> None:
         ahead.settle()
         assert not busy.is_set()
     ahead.close()
+
+
+class Recorded:
+    """A stream, or a tensor, that notes what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Recorded) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        self.log.append(f"event on {self.name}")
+        return f"event on {self.name}"
+
+    def record_stream(self, stream: Recorded) -> None:
+        self.log.append(f"{self.name} kept for {stream.name}")
+
+
+def test_on_cuda_the_device_waits_and_the_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread's stream starts after the caller's work; the caller's stream waits for the event that follows the item; then the tensors'
+    memory, which belongs to the thread's stream, is kept for the caller's (torch.Tensor.record_stream)."""
+    log: list[str] = []
+    caller, worker = Recorded("caller", log), Recorded("worker", log)
+
+    @contextmanager
+    def on(stream: Recorded) -> Iterator[None]:
+        log.append(f"on {stream.name}")
+        yield
+
+    replaced = {"Stream": lambda _: worker, "current_stream": lambda _: caller, "stream": on, "set_device": lambda _: None}
+    for name, replacement in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+
+    def items() -> Iterator[Recorded]:
+        log.append("made")
+        yield Recorded("tensor", log)
+
+    ahead = Ahead(items(), tensors=lambda item: [item], device=torch.device("cuda", 0))  # type: ignore[list-item]
+    steps = iter(ahead)
+    next(steps)
+    ahead.settle()
+    ahead.close()
+    assert log[:4] == ["worker waits for caller", "on worker", "made", "event on worker"]
+    taken = ["caller waits for event on worker", "tensor kept for caller"]
+    assert [line for line in log[4:] if line in taken] == taken
+    assert log[-1] == "caller waits for worker"  # settled
