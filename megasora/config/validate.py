@@ -175,11 +175,12 @@ def _schedule(config: RunConfig, world_size: int) -> Iterator[Problem]:
             field="parallel.overlap_param_gather", message="needs overlap_grad_reduce", cure="add --parallel.overlap_grad_reduce True"
         )
     counts = (parallel.recompute_double_blocks, parallel.recompute_single_blocks)
-    if (parallel.recompute == "count") != (max(counts) > 0) or min(counts) < 0:
+    needs = {"count": max(counts) > 0, "selective": True}.get(parallel.recompute, max(counts) == 0)
+    if not needs or min(counts) < 0:
         yield Problem(
             field="parallel.recompute",
             message=f"recompute={parallel.recompute} with counts {counts}",
-            cure="give recompute=count and at least one positive count, or neither",
+            cure="give recompute=count (or selective) and at least one positive count, or none",
         )
 
 
