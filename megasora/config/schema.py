@@ -92,9 +92,9 @@ class ParallelConfig:
     pipeline_blocks: tuple[int, ...] | None = None
     """Blocks per model chunk in pipeline order, length PP x VP, for pipeline_split=given."""
     recompute: Literal["none", "selective", "full", "count"] = "none"
-    """Activation recomputation. none: every block keeps all it computed; selective: matrix products and attention (norms, modulation, gates,
-    GELU are computed again: little time); full: its inputs alone (every block runs twice); count: the first N blocks of each kind in every
-    chunk of a stage are recomputed in full, the others keep all."""
+    """Activation recomputation. none: every block keeps all it computed; selective: matrix products and attention (norms, modulation,
+    gates, GELU are computed again: little time); full: its inputs alone (every block runs twice); count: the first N blocks of each kind
+    in every chunk of a stage are recomputed in full, the others keep all."""
     recompute_double_blocks: int = 0
     """Double blocks per chunk recomputed in full when recompute is count (or selective, which then treats the others)."""
     recompute_single_blocks: int = 0

@@ -8,16 +8,16 @@ producers are pure (no dropout, no communication), and a tensor that its consume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 Result = TypeVar("Result")
 Producer = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -35,52 +35,58 @@ def discard(outputs: Tensor | tuple[Tensor, ...], producer: Producer, *inputs: T
     """
     if not (torch.is_grad_enabled() and until.requires_grad):
         return
-    kept = {tensor.untyped_storage()._cdata for tensor in inputs}
-    storages = [tensor.untyped_storage() for tensor in _as_tuple(outputs)]
-    if all(storage._cdata in kept for storage in storages):
-        return
-    until.register_hook(_Refill(producer, inputs, [None if storage._cdata in kept else StorageWeakRef(storage) for storage in storages]))
-    for storage in storages:
-        if storage._cdata not in kept:
-            storage.resize_(0)
+    kept = {_storage(tensor) for tensor in inputs}
+    freed = [None if _storage(output) in kept else _Freed.of(output) for output in _as_tuple(outputs)]
+    if any(freed):
+        until.register_hook(_Refill(producer, [tensor.detach() for tensor in inputs], freed))
+    for output in freed:
+        if output is not None:
+            output.tensor.untyped_storage().resize_(0)
+
+
+class _Freed(NamedTuple):
+    """A tensor whose storage is emptied."""
+
+    tensor: Tensor
+    """The same storage with a version of its own: autograd compares the version of what it saved."""
+    nbytes: int
+    """Of the storage."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Freed:
+        return cls(tensor.data, tensor.untyped_storage().nbytes())
 
 
 class _Refill:
     """A gradient hook that runs once and then holds nothing: hooks live until the whole graph is gone."""
 
-    def __init__(self, producer: Producer, inputs: Sequence[Tensor], storages: Sequence[StorageWeakRef | None]) -> None:
-        self.work: tuple[Producer, list[Tensor], Sequence[StorageWeakRef | None]] | None = (
-            producer,
-            [tensor.detach() for tensor in inputs],
-            storages,
-        )
+    def __init__(self, producer: Producer, inputs: Sequence[Tensor], freed: Sequence[_Freed | None]) -> None:
+        self.work: tuple[Producer, Sequence[Tensor], Sequence[_Freed | None]] | None = (producer, inputs, freed)
 
     def __call__(self, _gradient: Tensor) -> None:
         if self.work is None:
             return
-        (producer, inputs, references), self.work = self.work, None
-        storages = [None if reference is None else _alive(reference) for reference in references]
-        if all(storage is None for storage in storages):
+        (producer, inputs, freed), self.work = self.work, None
+        own = Counter(_storage(output.tensor) for output in freed if output is not None)
+        wanted = [output if output is not None and _is_held(output.tensor, besides=own) else None for output in freed]
+        if not any(wanted):
             return  # the consumer kept something else, such as a copy in FP8
         with torch.no_grad():
-            for storage, again in zip(storages, _as_tuple(producer(*inputs)), strict=True):
-                if storage is not None and storage.nbytes() == 0:
-                    _fill(storage, again)
+            for output, again in zip(wanted, _as_tuple(producer(*inputs)), strict=True):
+                if output is not None:
+                    output.tensor.untyped_storage().resize_(output.nbytes)
+                    output.tensor.copy_(again)
 
 
-def _alive(reference: StorageWeakRef) -> torch.UntypedStorage | None:
-    if reference.expired():
-        return None
-    storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-    return storage
+def _is_held(tensor: Tensor, *, besides: Mapping[int, int]) -> bool:
+    """Whether its storage has users besides so many tensors (and the handle that asks)."""
+    storage = _storage(tensor)
+    count: int = torch._C._storage_Use_Count(storage)
+    return count > besides[storage] + 1
 
 
-def _fill(storage: torch.UntypedStorage, values: Tensor) -> None:
-    """Give an emptied storage the bytes of `values`' own."""
-    source = values.untyped_storage()
-    storage.resize_(source.nbytes())
-    target = torch.empty(0, dtype=values.dtype, device=values.device).set_(storage)  # type: ignore[call-overload]
-    target.copy_(torch.empty(0, dtype=values.dtype, device=values.device).set_(source))  # type: ignore[call-overload]
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -109,8 +115,8 @@ class Seams:
 
 
 def keep_original_inputs(block: nn.Module, config: TransformerConfig) -> None:
-    """With FP8, let Transformer Engine's layers keep the bf16 tensor they were given, which `discard` can free, and quantise it again in the
-    backward pass, instead of a copy in FP8. Delayed scaling has no such mode and keeps its copies."""
+    """With FP8, let Transformer Engine's layers keep the bf16 tensor they were given, which `discard` can free, instead of a copy in FP8;
+    they quantise it again in the backward pass. Delayed scaling has no such mode and keeps its copies."""
     if config.fp8 is None or config.fp8_recipe == "delayed":
         return
     for module in block.modules():
