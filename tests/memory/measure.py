@@ -6,7 +6,6 @@ not depend on it), and an attention kernel that keeps what Transformer Engine's 
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megasora.models.mmdit import build
-from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.model import ModelInputs
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel import groups
@@ -123,7 +122,8 @@ def pack_of(case: Case, context: ParallelContext) -> Pack:
     pack = Pack(case.samples, split=split)
     for runs in (pack.text_runs, pack.video_runs, pack.joint_runs):
         assert runs.one_hot.numel()
-    pack.attention_order(range(context.topology.cp))
+    for ranks in (range(context.topology.cp), *([rank] for rank in range(context.topology.cp))):  # Ulysses; each member of a ring
+        pack.attention_order(ranks)
     assert pack.positions.numel()
     return pack
 
@@ -157,7 +157,7 @@ def measure(rank: int, case: Case) -> Bytes:
     context = start(case)
     pack = pack_of(case, context)
     with (
-        mock.patch.object(build, "choose_kernel", lambda *_args, **_kwargs: attention),
+        mock.patch.object(build, "choose_kernel", return_value=attention),
         mock.patch.object(nn.utils, "skip_init", lambda kind, *args, **kwargs: kind(*args, **kwargs)),  # it swaps real tensors in
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
@@ -166,7 +166,7 @@ def measure(rank: int, case: Case) -> Bytes:
 
 def _measure(case: Case, context: ParallelContext, pack: Pack) -> Bytes:
     chunks, config = build.build_chunks(case.model, case.parallel, case.precision, context=context)
-    config = dataclasses.replace(config, deallocate_pipeline_outputs=True)
+    config.deallocate_pipeline_outputs = True  # as on a GPU; chunks hold this very object
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # as DDP does, once it has added it
