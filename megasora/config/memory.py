@@ -86,11 +86,12 @@ def memory_estimate(config: RunConfig, *, world_size: int, zero_stage: int = 1) 
         UserError: the pipeline split is impossible.
     """
     stages = range(config.parallel.pipeline_model_parallel_size)
-    estimates = [_of_stage(config, stage, world_size=world_size, zero_stage=zero_stage) for stage in stages]
+    estimates = [stage_estimate(config, stage=stage, world_size=world_size, zero_stage=zero_stage) for stage in stages]
     return max(estimates, key=lambda estimate: estimate.total)
 
 
-def _of_stage(config: RunConfig, stage: int, *, world_size: int, zero_stage: int) -> MemoryEstimate:
+def stage_estimate(config: RunConfig, *, stage: int, world_size: int, zero_stage: int = 1) -> MemoryEstimate:
+    """Peak memory of a GPU of one pipeline stage; see `memory_estimate`."""
     model, parallel = config.model, config.parallel
     pack = fullest_pack(config, world_size=world_size)
     tokens = share_tokens(config, pack)
@@ -265,6 +266,8 @@ def _working_set(config: RunConfig, stage: int, tokens: int, pack: PackTokens, *
             freed += kept
     if uses_ring(config):
         worst += RING_TEMPORARIES * one
+    if parallel.pipeline_model_parallel_size > 1:
+        worst += 2 * one  # a gradient received, another on its way
     tokens_of_all = (2 * tp - 1) * one if tp > 1 else 0.0  # a gathered input, and a product before it is scattered
     return worst + tokens_of_all + _largest_weight(model) / tp * number
 

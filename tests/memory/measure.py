@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -42,6 +43,8 @@ class Case:
     samples: tuple[SampleShape, ...]
     num_microbatches: int = 1
     stage: int = 0
+    fake: bool = True
+    """Real tensors serve what reads numbers: FP8 takes its scales from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +90,14 @@ class Allocations(TorchDispatchMode):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        out = torch.empty_like(q)
+        out = torch.zeros_like(q)
         ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         grad = grad.contiguous()
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, order: AttentionOrder) -> Tensor:
@@ -110,7 +113,7 @@ def start(case: Case) -> ParallelContext:
     size = case.parallel.model_parallel_size
     rank = case.stage * (size // case.parallel.pipeline_model_parallel_size)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    device = torch.device("cpu")
+    device = groups.choose_device("cuda" if case.precision.provider == "te" else "cpu")
     context = groups.initialize(case.parallel, device=device, num_attention_heads=case.model.num_attention_heads, seed=0)
     assert context.at.pp == case.stage
     return context
@@ -133,12 +136,12 @@ def batch_of(case: Case, context: ParallelContext, pack: Pack, dtype: torch.dtyp
     model, at = case.model, context.at
 
     def empty(rows: int, width: int) -> Tensor:
-        return torch.empty(rows, width, dtype=dtype)
+        return torch.ones(rows, width, dtype=dtype)
 
     inputs = ModelInputs(
         img=empty(pack.num_video, model.in_channels),
         txt=empty(pack.num_text, model.text_dim),
-        t=torch.empty(pack.num_samples),
+        t=torch.ones(pack.num_samples),
         y_vec=empty(pack.num_samples, model.vec_dim),
         cond=empty(pack.num_video, model.cond_channels) if model.cond_embed else None,
     )
@@ -147,7 +150,7 @@ def batch_of(case: Case, context: ParallelContext, pack: Pack, dtype: torch.dtyp
         pack=pack,
         inputs=inputs if at.pp == 0 else None,
         target=empty(pack.num_video, model.in_channels) if last else None,
-        weight=torch.empty(pack.num_video) if last else None,
+        weight=torch.ones(pack.num_video) if last else None,
         num_counted=pack.num_samples,
     )
 
@@ -159,9 +162,16 @@ def measure(rank: int, case: Case) -> Bytes:
     with (
         mock.patch.object(build, "choose_kernel", return_value=attention),
         mock.patch.object(nn.utils, "skip_init", lambda kind, *args, **kwargs: kind(*args, **kwargs)),  # it swaps real tensors in
-        FakeTensorMode(allow_non_fake_inputs=True),
+        FakeTensorMode(allow_non_fake_inputs=True) if case.fake else nullcontext(),
     ):
         return _measure(case, context, pack)
+
+
+def _allocate_workspace() -> None:
+    """Transformer Engine's scratch space of matrix products, 32 MiB once in a process: part of no run's activations."""
+    from transformer_engine.pytorch.cpp_extensions.gemm import get_cublas_workspace
+
+    get_cublas_workspace(None, False, False)
 
 
 def _measure(case: Case, context: ParallelContext, pack: Pack) -> Bytes:
@@ -170,6 +180,12 @@ def _measure(case: Case, context: ParallelContext, pack: Pack) -> Bytes:
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # as DDP does, once it has added it
+            parameter.main_grad = torch.zeros(parameter.shape)
+            parameter.grad_added_to_main_grad = False
+            if not case.fake:
+                nn.init.normal_(parameter, std=0.1)
+    if case.precision.provider == "te":
+        _allocate_workspace()
     batches = [batch_of(case, context, pack, config.params_dtype) for _ in range(case.num_microbatches)]
     counted = Allocations([p for chunk in chunks for p in chunk.parameters()])
     kept: list[int] = []

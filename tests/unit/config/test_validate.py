@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from megasora import recipes
+from megasora.config.memory import model_state_bytes
 from megasora.config.parameters import parameter_count
 from megasora.config.schema import ModelConfig, RunConfig
-from megasora.config.validate import model_state_bytes, problems
+from megasora.config.validate import problems
 
 
 def changed(section: str, **values: Any) -> RunConfig:
