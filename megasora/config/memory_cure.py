@@ -39,7 +39,11 @@ def _smaller_runs(config: RunConfig, world_size: int) -> Iterator[tuple[str, Run
         recomputed.append((" --parallel.recompute full", full))
     for flag, name, size in _larger_axes(config, world_size):
         for more, chosen in recomputed:
-            yield flag + more, replace(config, parallel=replace(chosen, **{name: size}))  # type: ignore[arg-type]
+            larger = replace(config, parallel=replace(chosen, **{name: size}))  # type: ignore[arg-type]
+            yield flag + more, larger
+            *_, (smallest, limit) = [("", 0), *_smaller_packs(larger, world_size)]
+            if limit:
+                yield f"{flag}{more} {smallest}", replace(larger, data=replace(config.data, max_pack_tokens=limit))
 
 
 def _smaller_packs(config: RunConfig, world_size: int) -> Iterator[tuple[str, int]]:

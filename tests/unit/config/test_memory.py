@@ -34,9 +34,9 @@ def test_an_interleaved_stage_holds_more(stage: int, passes: int) -> None:
 
 
 def test_an_interleaved_stage_of_unequal_chunks_is_followed_pass_by_pass() -> None:
-    """Stage 1 of 2 runs forward 0 0 1 1 0 0 1 1: after three passes 2 x 10 + 1; backward frees chunk 1 first, so chunk 0's pile up: with
-    forward 3 (1) - backward 0 (1), + 1 - 1, + 10 - 10, + 10 - 10."""
-    assert peak_in_flight([10.0, 1.0], stage=1, num_stages=2, num_microbatches=4) == (31.0, 3)
+    """Stage 1 of 2 runs chunks 0 0 1 1 0 0 1 1 forward and 1 1 0 0 1 1 0 0 backward. After three passes it holds 10 + 10 + 1; backward
+    frees chunk 1's while the next chunk 0's arrive: 21 - 1 + 1, 21 - 1 + 10 = 30, 30 - 10 + 10, 30 - 10 + 1."""
+    assert peak_in_flight([10.0, 1.0], stage=1, num_stages=2, num_microbatches=4) == (30.0, 3)
 
 
 def test_the_fullest_pack_of_a_published_recipe_is_its_batch_size() -> None:
