@@ -11,7 +11,8 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install -q --no-deps --target $(VENV)/te transformer-engine==2.11.0  # its Python only, for tests/gpu_emulated
+	# for tests/gpu_emulated: Transformer Engine's Python, and the Triton of the CUDA stack (its interpreter and its compiler need no GPU)
+	$(BIN)/pip install -q --no-deps --target $(VENV)/te transformer-engine==2.11.0 triton==3.6.0
 	touch $@
 
 demo: $(STAMP)

@@ -41,8 +41,8 @@ MUTANTS = (
     Mutant(
         "heads come back in another order",
         "megasora/parallel/context.py",
-        "received.permute(1, 0, 2, 3).reshape(tokens",
-        "received.reshape(tokens",
+        "return _swap(out.unflatten(0, (self.num_groups, -1)), group)",
+        "return _swap(out.unflatten(0, (self.num_groups, -1)), group).flip(0)",
         parity_test("cp2 ulysses"),
     ),
     Mutant(

@@ -14,9 +14,9 @@ from megasora.config.parameters import double_block_parameters, modulation_param
 from megasora.config.pipeline_split import chunk_blocks, chunk_lengths, stage_parameters
 from megasora.config.schema import ModelConfig, ParallelConfig, RunConfig
 
-TEMPORARIES = {"none": 3.7, "selective": 2.4, "full": 4.7}
+TEMPORARIES = {"none": 4.5, "selective": 4.0, "full": 5.2}
 """Gradients and temporaries of a block's backward pass beyond what it saved or computed again, in tensors [share, H] (measured by
-tests/memory)."""
+tests/memory with the kernels of a CPU; Triton's need up to 1.5 less)."""
 RING_TEMPORARIES = 14.5
 """The same of ring attention: keys, values and their gradients in fp32, twice while they travel (measured by tests/memory)."""
 
@@ -98,7 +98,7 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int, zero_stage
     weights, gradients, optimizer, ema = _state_parts(
         config, stage_parameters(model, parallel)[stage], world_size=world_size, zero_stage=zero_stage
     )
-    costs = [_chunk_bytes(config, stage, chunk, tokens, pack) for chunk in range(parallel.num_model_chunks)]
+    costs = [_chunk_bytes(config, stage, chunk, tokens) for chunk in range(parallel.num_model_chunks)]
     activations, in_flight = peak_in_flight(
         costs, stage=stage, num_stages=parallel.pipeline_model_parallel_size, num_microbatches=pack.num_microbatches
     )
@@ -109,7 +109,7 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int, zero_stage
         ema=ema,
         fp8_weights=_fp8_weight_bytes(config, stage),
         activations=activations,
-        working_set=_working_set(config, stage, tokens, pack, zero_stage=zero_stage),
+        working_set=_working_set(config, stage, tokens, zero_stage=zero_stage),
         stage=stage,
         tokens=tokens,
         in_flight=in_flight,
@@ -164,51 +164,40 @@ def peak_in_flight(costs: list[float], *, stage: int, num_stages: int, num_micro
     return peak, ahead
 
 
-def saved_by_block(model: ModelConfig, *, double: bool, one_order: bool, selective: bool) -> tuple[Saved, ...]:
+def saved_by_block(model: ModelConfig, *, double: bool, ulysses: bool, selective: bool) -> tuple[Saved, ...]:
     """What a block saves, with `selective` also what it then does not keep.
 
     Args:
         model: sizes.
         double: a double block (both streams together), or a single one.
+        ulysses: whether tokens are exchanged on both sides of attention, which is not done a second time.
         selective: whether the block is recomputed selectively.
-        one_order: whether attention reads tokens in the order they are in (one sample, one context rank), so that it saves the very tensors
-            the block made.
     """
     h, f = float(model.hidden_size), float(model.ffn_hidden_size)
-    own, product = Saved(width=h), Saved(width=3 * h)
-    modulated = Saved(width=h, recomputed=True, to_linear=True)
+    own, normed = Saved(width=h), Saved(width=h, recomputed=True, to_linear=True)
+    attention: tuple[Saved, ...] = (Saved(width=3 * h, recomputed=not ulysses), own)  # q, k, v as the kernel takes them; its result
+    if ulysses and selective:
+        attention += (own,)  # the result after the exchange, from which the next layer's input is made again
     if double:
-        attention = (Saved(width=3 * h, recomputed=one_order), own, *(() if one_order else (own,)))
-        feed_forward = (
-            own,
-            Saved(width=h, recomputed=True),
-            modulated,
-            Saved(width=f),
-            Saved(width=f, recomputed=True, to_linear=True),
-            own,
-        )
-        return (own, modulated, product, *attention, *feed_forward)
-    attention = (Saved(width=2 * h, recomputed=one_order), own, own)
-    if selective and not one_order:
-        attention += (own,)  # attention's result in the order of the block, from which its copy for linear2 is made again
+        residual, hidden, activated = Saved(width=h, recomputed=True), Saved(width=f), Saved(width=f, recomputed=True, to_linear=True)
+        collected = normed  # attention's result for the output projection
+        return (own, normed, Saved(width=3 * h), *attention, collected, own, residual, normed, hidden, activated, own)
     merged = Saved(width=h + f, recomputed=True, to_linear=True)
-    return (own, modulated, Saved(width=3 * h + f), *attention, merged, own)
+    return (own, normed, Saved(width=3 * h + f), *attention, merged, own)
 
 
-def block_bytes(config: RunConfig, *, double: bool, mode: str, samples: int) -> float:
+def block_bytes(config: RunConfig, *, double: bool, mode: str) -> float:
     """Bytes per token of the share that a block keeps for its backward pass when it is recomputed in `mode` (none, selective, full)."""
     model, number = config.model, _number_bytes(config)
     if mode == "full":
         return float(model.hidden_size * number)
-    one_order = samples == 1 and config.parallel.context_parallel_size == 1
     total = 0.0
-    for tensor in saved_by_block(model, double=double, one_order=one_order, selective=mode == "selective"):
+    for tensor in saved_by_block(model, double=double, ulysses=ulysses_size(config) > 1, selective=mode == "selective"):
         if mode == "selective" and tensor.recomputed:
             continue
         total += tensor.width * (_fp8_copy_bytes(config) if tensor.to_linear and config.precision.fp8 != "none" else number)
     norms = 8 * (2 if double else 1)  # mean and 1 / deviation of LayerNorm, fp32
-    heads = 4 * model.num_attention_heads * 3  # 1 / rms of queries and keys, log-sum-exp of attention, fp32
-    return total + norms + heads
+    return total + norms + 4 * model.num_attention_heads  # log-sum-exp of attention, fp32
 
 
 def _fp8_copy_bytes(config: RunConfig) -> float:
@@ -217,11 +206,11 @@ def _fp8_copy_bytes(config: RunConfig) -> float:
     return 1 + 4 / 128 if config.precision.fp8 in ("blockwise", "mxfp8") else 1.0
 
 
-def _chunk_bytes(config: RunConfig, stage: int, chunk: int, tokens: int, pack: PackTokens) -> float:
+def _chunk_bytes(config: RunConfig, stage: int, chunk: int, tokens: int) -> float:
     """Bytes that one forward pass of a chunk keeps."""
     model, number = config.model, _number_bytes(config)
     modes = block_modes(model, config.parallel, stage=stage, chunk=chunk)
-    blocks = sum(block_bytes(config, double=double, mode=mode, samples=pack.samples) for double, mode in modes)
+    blocks = sum(block_bytes(config, double=double, mode=mode) for double, mode in modes)
     first = stage == 0 and chunk == 0
     last = stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == config.parallel.num_model_chunks - 1
     received = 0 if first or modes[0][0] else 1  # double blocks take views of the message, single ones a copy
@@ -247,7 +236,7 @@ def block_modes(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chu
     return modes
 
 
-def _working_set(config: RunConfig, stage: int, tokens: int, pack: PackTokens, *, zero_stage: int) -> float:
+def _working_set(config: RunConfig, stage: int, tokens: int, *, zero_stage: int) -> float:
     """Bytes on top of everything kept at the worst moment of a backward pass: it starts with the last block, and frees what each kept."""
     model, parallel = config.model, config.parallel
     number, tp = _number_bytes(config), parallel.tensor_model_parallel_size
@@ -256,15 +245,15 @@ def _working_set(config: RunConfig, stage: int, tokens: int, pack: PackTokens, *
     for chunk in range(parallel.num_model_chunks):
         freed = 0.0
         for double, mode in reversed(block_modes(model, parallel, stage=stage, chunk=chunk)):
-            kept = tokens * block_bytes(config, double=double, mode=mode, samples=pack.samples)
-            again = tokens * block_bytes(config, double=double, mode="none", samples=pack.samples) - kept
+            kept = tokens * block_bytes(config, double=double, mode=mode)
+            again = tokens * block_bytes(config, double=double, mode="none") - kept
             weights = double_block_parameters(model) if double else single_block_parameters(model)
             gathered = (
                 weights / tp * {1: 0, 2: number + 4, 3: 3 * number + 4}[zero_stage]
             )  # a gradient; this block's weights and the next's
             worst = max(worst, again + TEMPORARIES[mode] * one + gathered - freed)
             freed += kept
-    if uses_ring(config):
+    if parallel.context_parallel_size > ulysses_size(config):
         worst += RING_TEMPORARIES * one
     if parallel.pipeline_model_parallel_size > 1:
         worst += 2 * one  # a gradient received, another on its way
@@ -272,13 +261,13 @@ def _working_set(config: RunConfig, stage: int, tokens: int, pack: PackTokens, *
     return worst + tokens_of_all + _largest_weight(model) / tp * number
 
 
-def uses_ring(config: RunConfig) -> bool:
-    """Whether keys and values travel between context ranks (`parallel.groups.ulysses_factor`)."""
+def ulysses_size(config: RunConfig) -> int:
+    """Context ranks that exchange heads; CP / this many pass keys and values around (`parallel.groups.ulysses_factor`)."""
     parallel = config.parallel
     cp, heads = parallel.context_parallel_size, config.model.num_attention_heads // parallel.tensor_model_parallel_size
     largest = max(u for u in range(1, cp + 1) if cp % u == 0 and heads % u == 0)
-    ulysses = {"auto": largest, "ulysses": cp, "ring": 1, "ulysses_ring": parallel.ulysses_size or largest}
-    return cp > ulysses[parallel.context_parallel_backend]
+    sizes = {"auto": largest, "ulysses": cp, "ring": 1, "ulysses_ring": parallel.ulysses_size or largest}
+    return sizes[parallel.context_parallel_backend]
 
 
 def _number_bytes(config: RunConfig) -> int:

@@ -134,6 +134,9 @@ class PrecisionConfig:
     """Layers: Transformer Engine or Megatron-core's own; auto takes te on CUDA when it is installed, local on CPU."""
     attention: Literal["auto", "te", "flash", "torch"] = "auto"
     """Attention kernel; auto takes te or flash on CUDA when installed, torch otherwise."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """What computes norms, gates, rotations and changes of order between matrix products: Triton's kernels (CUDA, one pass each) or torch's
+    operations; auto takes Triton's on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megasora.parallel.attention_kernels import ChunkResult, Kernel, chunk_backward, chunk_forward
 from megasora.parallel.groups import ContextGroups
-from megasora.parallel.pack import AttentionOrder, Pack
+from megasora.parallel.pack import AttentionOrder, HeadRows, Pack
 
 
 class _AllToAll(torch.autograd.Function):
@@ -29,6 +29,12 @@ class _AllToAll(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return _exchange(grad, ctx.group), None  # type: ignore[attr-defined]
+
+
+def _swap(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[G, N, ...]: part g goes to member g, and part g comes from it."""
+    result: Tensor = _AllToAll.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _exchange(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -123,45 +129,43 @@ class ContextAttention:
         self.groups = groups
         self.kernel = kernel
 
+    def rows(self, pack: Pack) -> HeadRows:
+        """Where this rank's tokens go in the N of `q`, `k`, `v`: to attention's order, or with Ulysses to joint order, which it sorts."""
+        return pack.head_rows(None if self.num_groups > 1 else self._cp_ranks(self.groups.ring_rank))
+
+    @property
+    def num_groups(self) -> int:
+        """G, the groups that heads are held in: Ulysses sends each to another rank."""
+        return self.groups.ulysses_size
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
         """Attend.
 
         Args:
-            q, k, v: [S, heads of this TP rank, head size], this context rank's tokens in joint order.
+            q, k, v: [G, N, heads / G, head size], this context rank's tokens and TP rank's heads, placed as `rows` says.
             pack: whose samples they are.
 
         Returns:
-            [S, heads of this TP rank, head size], joint order.
+            The same shape and order.
         """
-        size = self.groups.ulysses_size
-        if size > 1:
-            q, k, v = self._heads_out(torch.stack([q, k, v], dim=1))
-        out = self._attend(q, k, v, pack)
-        return self._heads_back(out) if size > 1 else out
-
-    def _heads_out(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size, group = self.groups.ulysses_size, self.groups.ulysses
-        tokens, _, heads, width = qkv.shape
-        by_rank = qkv.view(tokens, 3, size, heads // size, width).permute(2, 0, 1, 3, 4)
-        received: Tensor = _AllToAll.apply(by_rank, group)  # type: ignore[no-untyped-call]
-        q, k, v = received.reshape(size * tokens, 3, heads // size, width).unbind(1)
-        return q, k, v
-
-    def _heads_back(self, out: Tensor) -> Tensor:
-        size, group = self.groups.ulysses_size, self.groups.ulysses
-        tokens, heads, width = out.shape[0] // size, out.shape[1], out.shape[2]
-        received: Tensor = _AllToAll.apply(out.reshape(size, tokens, heads, width), group)  # type: ignore[no-untyped-call]
-        return received.permute(1, 0, 2, 3).reshape(tokens, size * heads, width)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
-        orders = [pack.attention_order(self._cp_ranks(ring_rank)) for ring_rank in range(self.groups.ring_size)]
+        if self.num_groups == 1:
+            return self._attend(q[0], k[0], v[0], self._orders(pack)).unsqueeze(0)
+        group = self.groups.ulysses
+        orders = self._orders(pack)
         own = orders[self.groups.ring_rank]
-        q, k, v = (_reorder(x, own.index, own.inverse) for x in (q, k, v))
+        q, k, v = (_reorder(_swap(x, group).flatten(0, 1), own.index, own.inverse) for x in (q, k, v))
+        out = _reorder(self._attend(q, k, v, orders), own.inverse, own.index)
+        return _swap(out.unflatten(0, (self.num_groups, -1)), group)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, orders: list[AttentionOrder]) -> Tensor:
         if len(orders) == 1:
-            out = self.kernel(q, k, v, own)
-        else:
-            out = _Ring.apply(q, k, v, self.groups.ring, _equal_lengths(orders))  # type: ignore[no-untyped-call]
-        return _reorder(out, own.inverse, own.index)
+            return self.kernel(q, k, v, orders[0])
+        result: Tensor = _Ring.apply(q, k, v, self.groups.ring, _equal_lengths(orders))  # type: ignore[no-untyped-call]
+        return result
+
+    def _orders(self, pack: Pack) -> list[AttentionOrder]:
+        """The order of each ring member's tokens."""
+        return [pack.attention_order(self._cp_ranks(ring_rank)) for ring_rank in range(self.groups.ring_size)]
 
     def _cp_ranks(self, ring_rank: int) -> range:
         size = self.groups.ulysses_size

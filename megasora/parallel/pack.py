@@ -23,6 +23,9 @@ from torch import Tensor
 
 from megasora.config.errors import UserError
 
+TILE_TOKENS = 64
+"""Tokens that one program of a kernel sums before samples are summed: its partial sums are 8 / (2 x 64) of a bf16 tensor's bytes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleShape:
@@ -75,12 +78,60 @@ class Runs:
     index: Tensor
     """int64 [s], sample of each token."""
     num_samples: int
+    bounds: tuple[tuple[int, int, int], ...]
+    """(first token, token after the last, sample) of each stretch of one sample's tokens, in order; host numbers."""
+
+    @classmethod
+    def of(cls, sample: Tensor, *, num_samples: int, device: torch.device | str = "cpu") -> Runs:
+        """Runs of a host tensor, int64 [s], that names each token's sample."""
+        samples, counts = torch.unique_consecutive(sample, return_counts=True)
+        stops = counts.cumsum(0).tolist()
+        bounds = zip([0, *stops], stops, samples.tolist(), strict=False)
+        return cls(index=sample.to(device), num_samples=num_samples, bounds=tuple(bounds))
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """int32 [tiles, 3]: (first token, token after the last, sample); at most TILE_TOKENS tokens, all of one sample."""
+        cuts = [
+            (first, min(first + TILE_TOKENS, stop), sample)
+            for start, stop, sample in self.bounds
+            for first in range(start, stop, TILE_TOKENS)
+        ]
+        return torch.tensor(cuts, dtype=torch.int32).view(-1, 3).to(self.index.device)
+
+    @cached_property
+    def tile_one_hot(self) -> Tensor:
+        """fp32 [num_samples, tiles] with a 1 where the tile is the sample's: what tiles summed becomes what samples sum."""
+        samples = torch.arange(self.num_samples, device=self.index.device)
+        return (samples[:, None] == self.tiles[None, :, 2]).float()
 
     @cached_property
     def one_hot(self) -> Tensor:
         """fp32 [num_samples, s] with a 1 where the token is the sample's: a segment sum is a product with it."""
         samples = torch.arange(self.num_samples, device=self.index.device)
         return (samples[:, None] == self.index[None, :]).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Where a stream's tokens stand in a longer order: token i at `index[i]`, or at `start + i` when they stand together."""
+
+    count: int
+    """Tokens of the stream."""
+    start: int = 0
+    index: Tensor | None = None
+    """int64 [count]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRows:
+    """Where attention wants a context rank's tokens: streams alone and in joint order."""
+
+    length: int
+    """Tokens of the context rank."""
+    text: Rows
+    video: Rows
+    joint: Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +213,7 @@ class Pack:
         return of_context_rank.chunk(self.split.tp)[tp_rank]
 
     def _runs(self, sample: Tensor) -> Runs:
-        return Runs(index=sample.clamp(max=self.num_samples - 1).to(self.device), num_samples=self.num_samples)
+        return Runs.of(sample.clamp(max=self.num_samples - 1), num_samples=self.num_samples, device=self.device)
 
     @cached_property
     def text_runs(self) -> Runs:
@@ -177,7 +228,8 @@ class Pack:
     @cached_property
     def joint_runs(self) -> Runs:
         """Sample of each token of this share, text first."""
-        return Runs(index=torch.cat([self.text_runs.index, self.video_runs.index]), num_samples=self.num_samples)
+        shares = (self._text_sample[self._share_index(self.text_length)], self._video_sample[self._share_index(self.video_length)])
+        return self._runs(torch.cat(shares))
 
     def video_tokens_of(self, sample: int) -> tuple[Tensor, Tensor]:
         """Where this share holds video tokens of one sample.
@@ -228,6 +280,30 @@ class Pack:
         inverse = torch.empty_like(index)
         inverse[index] = torch.arange(len(index))
         return AttentionOrder(index=index.to(self.device), inverse=inverse.to(self.device), lengths=lengths, cu_seqlens=cu_seqlens)
+
+    def head_rows(self, cp_ranks: Sequence[int] | None) -> HeadRows:
+        """Where this context rank's tokens go (cached): to `attention_order(cp_ranks)`, an order of its own tokens alone, or (None) to
+        joint order."""
+        key = None if cp_ranks is None else tuple(cp_ranks)
+        if key not in self._head_rows:
+            inverse = None if key is None else self.attention_order(key).inverse
+            self._head_rows[key] = self._build_head_rows(inverse)
+        return self._head_rows[key]
+
+    @cached_property
+    def _head_rows(self) -> dict[tuple[int, ...] | None, HeadRows]:
+        return {}
+
+    def _build_head_rows(self, inverse: Tensor | None) -> HeadRows:
+        text, video = self.text_length // self.split.cp, self.video_length // self.split.cp
+        length = text + video
+        if inverse is None and self.split.tp == 1:
+            streams = Rows(count=text), Rows(count=video, start=text)
+        else:
+            places = torch.arange(length, device=self.device) if inverse is None else inverse
+            of_text, of_video = self.split_streams(places)
+            streams = Rows(count=text, index=of_text), Rows(count=video, index=of_video)
+        return HeadRows(length=length, text=streams[0], video=streams[1], joint=Rows(count=length, index=inverse))
 
     def join_streams(self, text: Tensor, video: Tensor) -> Tensor:
         """[S_text, ...] and [S_video, ...] of this context rank -> [S, ...] in joint order."""

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
@@ -76,6 +77,7 @@ def emulate() -> None:
     if not (TE_FOLDER / "transformer_engine").is_dir():
         raise RuntimeError(f"{TE_FOLDER} lacks Transformer Engine's Python: make test installs it")
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its package then looks for no shared library
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on CPU tensors, statement by statement in numpy
     sys.path.insert(0, str(TE_FOLDER))
     from tests.gpu_emulated import extension
 
@@ -92,6 +94,7 @@ def emulate() -> None:
     _replace_nccl()
     _replace_wrappers()
     _replace_rng()
+    _mend_interpreter()
     EmulatedCudaMode().__enter__()
 
 
@@ -138,3 +141,24 @@ def _replace_rng() -> None:
 
     distributed._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     distributed._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+
+
+def _mend_interpreter() -> None:
+    """Where Triton 3.6's interpreter is not what a GPU does: it reads the bounds of a loop with int(array of one element), which numpy 2.4
+    refuses (3.9 squeezes first), and cuts fp32 off to bf16 where a GPU rounds to the nearest, ties to even."""
+    from triton.runtime import interpreter
+
+    patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
+
+    def patch(tensor: type, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def rounded(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert(values, source, target, rounding)
+        bits = numpy.ascontiguousarray(values).view(numpy.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(numpy.uint16)
+
+    interpreter._patch_lang_tensor = patch
+    interpreter._convert_float = rounded

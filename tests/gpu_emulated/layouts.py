@@ -37,6 +37,12 @@ MODEL = ModelConfig(
     axes_dim=(4, 6, 6),
 )
 """FP8 takes features in sixteens, also of a TP shard: 128 / 2, 256 / 2, 3 x 128 / 2."""
+SHORT = (
+    SampleShape(text_tokens=3, grid=(1, 2, 3)),
+    SampleShape(text_tokens=2, grid=(2, 1, 2)),
+    SampleShape(text_tokens=1, grid=(1, 1, 5)),
+)
+"""Twenty-one tokens: Triton's interpreter takes tens of milliseconds a token."""
 UNEVEN = (
     SampleShape(text_tokens=5, grid=(2, 3, 3)),
     SampleShape(text_tokens=7, grid=(1, 5, 5)),
@@ -50,7 +56,9 @@ class Case:
     """A layout, layers and precision."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    precision: PrecisionConfig = field(default_factory=lambda: PrecisionConfig(dtype="fp32", provider="te", attention="torch"))
+    precision: PrecisionConfig = field(
+        default_factory=lambda: PrecisionConfig(dtype="fp32", provider="te", attention="torch", kernels="torch")
+    )
     num_microbatches: int = 2
     samples: tuple[SampleShape, ...] = UNEVEN
     forward_only: bool = False

@@ -23,7 +23,7 @@ def gpu_run(run_dir: Path, *, steps: int, parallel: ParallelConfig | None = None
         run_dir=str(run_dir),
         device="cuda",
         parallel=parallel or ParallelConfig(),
-        precision=PrecisionConfig(dtype="bf16", fp8=fp8),  # type: ignore[arg-type]
+        precision=PrecisionConfig(dtype="bf16", fp8=fp8, kernels=changes.pop("kernels", "torch")),  # type: ignore[arg-type]
         model=model,
         data=replace(config.data, global_tokens=300, decoder="pyav"),
         train=replace(config.train, steps=steps, tensorboard=False),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megasora.config.schema import ParallelConfig, PrecisionConfig
-from tests.gpu_emulated.layouts import MODEL, UNEVEN, Case, Step, gap, one_step
+from tests.gpu_emulated.layouts import MODEL, SHORT, UNEVEN, Case, Step, gap, one_step
 from tests.pool import RankPool
 
 FP32 = 1e-5
@@ -36,8 +36,8 @@ def layout(tp: int = 1, pp: int = 1, cp: int = 1, vp: int | None = None, **more:
     )
 
 
-def precision(dtype: str = "bf16", fp8: str = "none", provider: str = "te") -> PrecisionConfig:
-    return PrecisionConfig(dtype=dtype, fp8=fp8, provider=provider, attention="torch")  # type: ignore[arg-type]
+def precision(dtype: str = "bf16", fp8: str = "none", provider: str = "te", kernels: str = "torch") -> PrecisionConfig:
+    return PrecisionConfig(dtype=dtype, fp8=fp8, provider=provider, attention="torch", kernels=kernels)  # type: ignore[arg-type]
 
 
 _reference: dict[int, Step] = {}
@@ -166,3 +166,17 @@ def test_the_model_of_these_tests_has_shards_that_fp8_takes() -> None:
     assert MODEL.hidden_size // 2 % 16 == 0
     assert MODEL.ffn_hidden_size // 2 % 16 == 0
     assert replace(MODEL).head_dim == 16
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [layout(), layout(tp=2, cp=2), layout(cp=2, context_parallel_backend="ring"), layout(recompute="full")],
+    ids=["one rank", "tp2 x ulysses 2", "ring 2", "recompute"],
+)
+def test_triton_kernels_give_the_gradients_of_torch_operations(gpus: RankPool, parallel: ParallelConfig) -> None:
+    (expected,) = gpus.run(1, one_step, Case(precision=precision("fp32", provider="local"), samples=SHORT))
+    case = Case(parallel=parallel, precision=precision("fp32", kernels="triton"), samples=SHORT)
+    ours = gpus.run(parallel.model_parallel_size, one_step, case)[0]
+    assert ours.loss == pytest.approx(expected.loss, rel=FP32)
+    for key, gradient in expected.gradients.items():
+        assert gap(ours.gradients[key], gradient) < FP32, key

@@ -124,9 +124,11 @@ def pack_of(case: Case, context: ParallelContext) -> Pack:
     split = PackSplit(tp=context.topology.tp, cp=context.topology.cp, row_multiple=FP8_ROW_MULTIPLE[case.precision.fp8])
     pack = Pack(case.samples, split=split)
     for runs in (pack.text_runs, pack.video_runs, pack.joint_runs):
-        assert runs.one_hot.numel()
+        assert runs.tile_one_hot.numel() and runs.one_hot.numel()
     for ranks in (range(context.topology.cp), *([rank] for rank in range(context.topology.cp))):  # Ulysses; each member of a ring
         pack.attention_order(ranks)
+    for mine in (None, [0]):
+        pack.head_rows(mine)
     assert pack.positions.numel()
     return pack
 

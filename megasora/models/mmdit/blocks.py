@@ -1,24 +1,27 @@
 """The two kinds of block. A block maps token shares to token shares; linear layers gather and scatter them over TP.
 
+Between matrix products and attention stand the operations of `kernels`, each one pass over its tensors.
+What is cheap to make again is freed at `seams` (see `recompute`).
 Layouts: qkv rows of a TP rank are [q; k; v] of its heads, `linear1` is [q; k; v; mlp], `linear2` takes [attention; mlp].
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megasora.config.schema import ModelConfig
+from megasora.models.mmdit.heads import HeadLayout, Projected, collect_heads, place_heads
 from megasora.models.mmdit.layers import Modulation, QueryKeyNorm
-from megasora.models.mmdit.modulation import gated_residual, norm_modulate
+from megasora.models.mmdit.modulation import gated_norm_modulate, gated_residual, norm_modulate
 from megasora.models.mmdit.recompute import Seams
 from megasora.models.mmdit.rotary import Rotation, StreamRotations
 from megasora.models.mmdit.spec import LayerFactory
 from megasora.parallel.context import ContextAttention
-from megasora.parallel.pack import Pack, Runs
+from megasora.parallel.pack import HeadRows, Pack, Rows, Runs
 
 
 class StreamAttention(nn.Module):
@@ -26,15 +29,13 @@ class StreamAttention(nn.Module):
 
     def __init__(self, model: ModelConfig, *, layers: LayerFactory) -> None:
         super().__init__()
-        self.head_dim = model.head_dim
         self.qkv = layers.column(model.hidden_size, 3 * model.hidden_size)
-        self.norm = QueryKeyNorm(model.head_dim, layers=layers, eps=model.norm_eps)
+        self.norm = QueryKeyNorm(model.head_dim, layers=layers)
         self.proj = layers.row(model.hidden_size, model.hidden_size)
 
-    def rotate(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, 3 H / TP] -> q, k, v [S, heads of this TP rank, K], q and k normed and rotated."""
-        result: tuple[Tensor, Tensor, Tensor] = self.norm(qkv.view(qkv.shape[0], 3, -1, self.head_dim), rotation)
-        return result
+    def project(self, tokens: Tensor, rotation: Rotation, rows: Rows) -> Projected:
+        """[s, H] -> queries, keys and values of this TP rank's heads, for `place_heads`."""
+        return Projected(tensor=self.qkv(tokens)[0], weights=self.norm.weights, rotation=rotation, rows=rows)
 
 
 class MLP(nn.Module):
@@ -56,101 +57,110 @@ class MLP(nn.Module):
         return result
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU, tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
 class Stream(nn.Module):
     """One stream (text or video) of a double block: its own modulation, projections and feed-forward layer."""
 
     def __init__(self, model: ModelConfig, *, layers: LayerFactory, seams: Seams) -> None:
         super().__init__()
-        self.eps, self.seams = model.norm_eps, seams
+        self.eps, self.kernels, self.seams = model.norm_eps, layers.kernels, seams
         self.mod = Modulation(model.hidden_size, 6, layers=layers)
         self.attn = StreamAttention(model, layers=layers)
         self.mlp = MLP(model, layers=layers)
 
-    def project(self, tokens: Tensor, rows: tuple[Tensor, ...], runs: Runs) -> Tensor:
-        """Queries, keys and values of modulated tokens, [S, 3 H / TP]."""
-        modulate = partial(norm_modulate, shift=rows[0], scale=rows[1], runs=runs, eps=self.eps)
-        return self.seams.through(modulate, tokens, into=lambda x: self.attn.qkv(x)[0])
+    def project(self, tokens: Tensor, mod: tuple[Tensor, ...], runs: Runs, rotation: Rotation, rows: Rows) -> tuple[Tensor, Projected]:
+        """The tokens, and the projections of their modulated norm."""
+        norm = partial(norm_modulate, shift=mod[0], scale=mod[1], runs=runs, eps=self.eps, kernels=self.kernels)
+        passed, normed = norm(tokens)
+        projected = self.attn.project(normed, rotation, rows)
+        self.seams.discard((passed, normed), norm, tokens, until=projected.tensor)
+        return passed, projected
 
-    def finish(self, tokens: Tensor, attended: Tensor, rows: tuple[Tensor, ...], runs: Runs) -> Tensor:
-        """Output projection and feed-forward layer, each gated."""
+    def attend(self, attended: Tensor, collected: Tensor, rows: Rows) -> Tensor:
+        """Output projection [s, H] of what `collect_heads` took from attention's result for this stream."""
+        branch: Tensor = self.attn.proj(collected)[0]
+        self.seams.discard(collected, lambda x: collect_heads(x, rows=(rows,), kernels=self.kernels), attended, until=branch)
+        return branch
 
-        def add(residual: Tensor, branch: Tensor) -> Tensor:
-            return gated_residual(residual, gate=rows[2], branch=branch, runs=runs)
+    def finish(self, tokens: Tensor, branch: Tensor, mod: tuple[Tensor, ...], runs: Runs) -> Tensor:
+        """The output projection is gated and added, then the feed-forward layer."""
 
-        projected = self.attn.proj(attended)[0]
-        middle = add(tokens, projected)
-        modulate = partial(norm_modulate, shift=rows[3], scale=rows[4], runs=runs, eps=self.eps)
-        hidden = self.seams.through(modulate, middle, into=self.mlp.up)
-        branch = self.seams.through(gelu, hidden, into=self.mlp.down)
-        out = gated_residual(middle, gate=rows[5], branch=branch, runs=runs)
-        self.seams.discard(middle, add, tokens, projected, until=branch)
+        def add(residual: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+            rows = {"gate": mod[2], "shift": mod[3], "scale": mod[4]}
+            return gated_norm_modulate(residual, branch=projected, **rows, runs=runs, eps=self.eps, kernels=self.kernels)
+
+        passed, normed = add(tokens, branch)
+        hidden = self.mlp.up(normed)
+        update = self.seams.through(partial(F.gelu, approximate="tanh"), hidden, into=self.mlp.down)
+        out = gated_residual(passed, gate=mod[5], branch=update, runs=runs, kernels=self.kernels)
+        self.seams.discard((passed, normed), add, tokens, branch, until=hidden)
         return out
 
 
 class DoubleBlock(nn.Module):
     """Text and video keep their own weights and meet in attention."""
 
-    def __init__(self, model: ModelConfig, *, layers: LayerFactory, attention: ContextAttention, seams: Seams = Seams()) -> None:  # noqa: B008
+    def __init__(self, model: ModelConfig, *, layers: LayerFactory, attention: ContextAttention, seams: Seams) -> None:
         super().__init__()
-        self.seams = seams
+        self.heads, self.head_dim, self.eps = model.num_attention_heads // layers.tp_group.size(), model.head_dim, model.norm_eps
+        self.kernels, self.seams = layers.kernels, seams
         self.txt = Stream(model, layers=layers, seams=seams)
         self.img = Stream(model, layers=layers, seams=seams)
         self.attention = attention
 
     def forward(self, txt: Tensor, img: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> tuple[Tensor, Tensor]:
         """Text share [., H] and video share [., H] -> the same."""
-        txt_rows, img_rows = self.txt.mod(vec), self.img.mod(vec)
+        of_txt, of_img = self.txt.mod(vec), self.img.mod(vec)
+        rows = self.attention.rows(pack)
+        txt, txt_projected = self.txt.project(txt, of_txt, pack.text_runs, rotations.txt, rows.text)
+        img, img_projected = self.img.project(img, of_img, pack.video_runs, rotations.img, rows.video)
+        layout = _layout(self.attention, rows, head_dim=self.head_dim, eps=self.eps)
 
-        def join(of_txt: Tensor, of_img: Tensor) -> tuple[Tensor, ...]:
-            streams = zip(self.txt.attn.rotate(of_txt, rotations.txt), self.img.attn.rotate(of_img, rotations.img), strict=True)
-            return tuple(pack.join_streams(a, b) for a, b in streams)
+        def place(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            streams = [replace(txt_projected, tensor=a), replace(img_projected, tensor=b)]
+            return place_heads(streams, heads=self.heads, layout=layout, kernels=self.kernels)
 
-        attended = self.seams.through(
-            join,
-            self.txt.project(txt, txt_rows, pack.text_runs),
-            self.img.project(img, img_rows, pack.video_runs),
-            into=lambda q, k, v: self.attention(q, k, v, pack).flatten(1),
-        )
-        txt_attended, img_attended = pack.split_streams(attended)
-        return (
-            self.txt.finish(txt, txt_attended, txt_rows, pack.text_runs),
-            self.img.finish(img, img_attended, img_rows, pack.video_runs),
-        )
+        attend = partial(self.attention, pack=pack)
+        attended = self.seams.through(place, txt_projected.tensor, img_projected.tensor, into=attend)
+        txt_attended, img_attended = collect_heads(attended, rows=(rows.text, rows.video), kernels=self.kernels)
+        txt_branch, img_branch = self.txt.attend(attended, txt_attended, rows.text), self.img.attend(attended, img_attended, rows.video)
+        return self.txt.finish(txt, txt_branch, of_txt, pack.text_runs), self.img.finish(img, img_branch, of_img, pack.video_runs)
 
 
 class SingleBlock(nn.Module):
     """Text and video share weights; attention and feed-forward run side by side between two linear layers."""
 
-    def __init__(self, model: ModelConfig, *, layers: LayerFactory, attention: ContextAttention, seams: Seams = Seams()) -> None:  # noqa: B008
+    def __init__(self, model: ModelConfig, *, layers: LayerFactory, attention: ContextAttention, seams: Seams) -> None:
         super().__init__()
-        self.head_dim, self.eps, self.seams = model.head_dim, model.norm_eps, seams
-        tp = layers.tp_group.size()
-        self.qkv_size, self.mlp_size = 3 * model.hidden_size // tp, model.ffn_hidden_size // tp
+        self.heads, self.head_dim, self.eps = model.num_attention_heads // layers.tp_group.size(), model.head_dim, model.norm_eps
+        self.kernels, self.seams = layers.kernels, seams
         self.modulation = Modulation(model.hidden_size, 3, layers=layers)
         self.linear1 = layers.column(model.hidden_size, 3 * model.hidden_size + model.ffn_hidden_size)
-        self.norm = QueryKeyNorm(model.head_dim, layers=layers, eps=model.norm_eps)
+        self.norm = QueryKeyNorm(model.head_dim, layers=layers)
         self.linear2 = layers.row(model.hidden_size + model.ffn_hidden_size, model.hidden_size)
         self.attention = attention
 
     def forward(self, joint: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> Tensor:
         """Joint share [s, H] -> the same."""
         shift, scale, gate = self.modulation(vec)
-        runs = pack.joint_runs
-        modulate = partial(norm_modulate, shift=shift, scale=scale, runs=runs, eps=self.eps)
-        hidden = self.seams.through(modulate, joint, into=lambda x: self.linear1(x)[0])
-        qkv, mlp = hidden.split([self.qkv_size, self.mlp_size], dim=-1)
-        attended = self.seams.through(
-            lambda x: self.norm(x.unflatten(-1, (3, -1, self.head_dim)), rotations.joint),
-            qkv,
-            into=lambda q, k, v: self.attention(q, k, v, pack).flatten(1),
-        )
-        branch = self.seams.through(lambda a, b: torch.cat([a, gelu(b)], dim=-1), attended, mlp, into=lambda x: self.linear2(x)[0])
-        return gated_residual(joint, gate=gate, branch=branch, runs=runs)
+        runs, rows = pack.joint_runs, self.attention.rows(pack)
+        layout = _layout(self.attention, rows, head_dim=self.head_dim, eps=self.eps)
+
+        def place(hidden: Tensor) -> tuple[Tensor, ...]:
+            projected = Projected(tensor=hidden, weights=self.norm.weights, rotation=rotations.joint, rows=rows.joint)
+            return place_heads([projected], heads=self.heads, layout=layout, kernels=self.kernels)
+
+        def collect(attended: Tensor, wide: Tensor) -> tuple[Tensor, ...]:
+            return collect_heads(attended, rows=(rows.joint,), kernels=self.kernels, wide=wide)
+
+        norm = partial(norm_modulate, shift=shift, scale=scale, runs=runs, eps=self.eps, kernels=self.kernels)
+        passed, normed = norm(joint)
+        hidden = self.linear1(normed)[0]
+        self.seams.discard((passed, normed), norm, joint, until=hidden)
+        q, k, v, wide = place(hidden)
+        attended = self.attention(q, k, v, pack)
+        self.seams.discard((q, k, v, wide), place, hidden, until=attended)
+        branch = self.seams.through(collect, attended, wide, into=lambda merged: self.linear2(merged)[0])
+        return gated_residual(passed, gate=gate, branch=branch, runs=runs, kernels=self.kernels)
 
 
 class FinalLayer(nn.Module):
@@ -158,12 +168,17 @@ class FinalLayer(nn.Module):
 
     def __init__(self, model: ModelConfig, *, layers: LayerFactory) -> None:
         super().__init__()
-        self.eps = model.norm_eps
+        self.eps, self.kernels = model.norm_eps, layers.kernels
         self.adaLN_modulation = Modulation(model.hidden_size, 2, layers=layers)
         self.linear = layers.on_tokens(model.hidden_size, model.in_channels)
 
     def forward(self, img: Tensor, vec: Tensor, runs: Runs) -> Tensor:
         """[., H] -> [., C]; the rows are (shift, scale)."""
         shift, scale = self.adaLN_modulation(vec)
-        result: Tensor = self.linear(norm_modulate(img, shift=shift, scale=scale, runs=runs, eps=self.eps))
+        normed = norm_modulate(img, shift=shift, scale=scale, runs=runs, eps=self.eps, kernels=self.kernels)[1]
+        result: Tensor = self.linear(normed)
         return result
+
+
+def _layout(attention: ContextAttention, rows: HeadRows, *, head_dim: int, eps: float) -> HeadLayout:
+    return HeadLayout(num_groups=attention.num_groups, length=rows.length, head_dim=head_dim, eps=eps)

@@ -9,6 +9,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megasora.config.errors import UserError
 from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megasora.models.mmdit.kernels.composed import COMPOSED
+from megasora.models.mmdit.kernels.contract import Kernels
 from megasora.models.mmdit.megatron_config import DTYPES, transformer_config
 from megasora.models.mmdit.model import MMDiT
 from megasora.models.mmdit.spec import ProviderName, submodules_of
@@ -51,6 +53,27 @@ def choose_attention(name: Literal["auto", "te", "flash", "torch"], *, device: t
     return "torch"
 
 
+def choose_kernels(name: Literal["auto", "triton", "torch"], *, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """What computes norms, gates, rotations and orders: `auto` takes Triton's kernels on CUDA in bf16 and fp32, torch elsewhere.
+
+    Raises:
+        UserError: triton on the CPU, or not installed.
+    """
+    if name == "triton" and device.type == "cpu":
+        raise UserError("kernels triton need CUDA; use --precision.kernels torch on the CPU")
+    if name == "torch" or device.type == "cpu" or dtype not in (torch.bfloat16, torch.float32):
+        return COMPOSED
+    if not _installed("triton"):
+        if name == "triton":
+            raise UserError(
+                "kernels triton need Triton, which torch's CUDA builds bring: pip install triton, or use --precision.kernels torch"
+            )
+        return COMPOSED
+    from megasora.models.mmdit.kernels.fused import FUSED
+
+    return FUSED
+
+
 def _installed(package: str) -> bool:
     from importlib.util import find_spec
 
@@ -73,9 +96,10 @@ def build_chunks(
         num_heads=model.num_attention_heads,
         head_dim=model.head_dim,
     )
+    kernels = choose_kernels(precision.kernels, device=context.device, dtype=config.params_dtype)
     attention = ContextAttention(groups=context.context, kernel=kernel)
     chunks = [
-        MMDiT(model, config=config, stage=stage, submodules=submodules_of(provider), context=context, attention=attention)
+        MMDiT(model, config=config, stage=stage, submodules=submodules_of(provider), context=context, attention=attention, kernels=kernels)
         for stage in stage_specs(model, parallel, pp_rank=context.at.pp)
     ]
     return chunks, config

@@ -1,4 +1,4 @@
-"""Small layers of the MMDiT: embedders, modulation, query/key norm with the rotary embedding.
+"""Small layers of the MMDiT: embedders, modulation, the scales of the query/key norm.
 
 Shape letters: s tokens of a share, S tokens of a context rank, n samples of the pack, H hidden, K head size.
 """
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megasora.models.mmdit.rotary import Rotation, norm_rotate
 from megasora.models.mmdit.spec import LayerFactory, device_of, mark_sequence_parallel
 from megasora.parallel.tensor import copy_to_tensor_region, gather_last_dim
 
@@ -62,31 +61,26 @@ class Modulation(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over the head size with a learned scale, and the rotary embedding, on queries or keys.
+    """Learned scale of the RMSNorm of queries or keys over the head size; `kernels` norms, together with the rotary embedding.
 
     The scale is replicated; each TP rank norms its own heads, so its gradient is summed over TP.
     """
 
-    def __init__(self, head_dim: int, *, layers: LayerFactory, eps: float) -> None:
+    def __init__(self, head_dim: int, *, layers: LayerFactory) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.empty(head_dim, device=device_of(layers.config), dtype=layers.config.params_dtype))
         mark_sequence_parallel(self, layers.config)
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        """[S, heads, K] -> the same shape."""
-        return norm_rotate(x, weight=self.weight, rotation=rotation, eps=self.eps)
-
 
 class QueryKeyNorm(nn.Module):
-    """Norms of queries and keys; the attribute names are what Megatron looks for to sum their gradients over TP."""
+    """Scales of queries and keys; the attribute names are what Megatron looks for to sum their gradients over TP."""
 
-    def __init__(self, head_dim: int, *, layers: LayerFactory, eps: float) -> None:
+    def __init__(self, head_dim: int, *, layers: LayerFactory) -> None:
         super().__init__()
-        self.q_layernorm = HeadNorm(head_dim, layers=layers, eps=eps)
-        self.k_layernorm = HeadNorm(head_dim, layers=layers, eps=eps)
+        self.q_layernorm = HeadNorm(head_dim, layers=layers)
+        self.k_layernorm = HeadNorm(head_dim, layers=layers)
 
-    def forward(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, 3, heads, K] -> q and k normed and rotated, v as it is, each [S, heads, K]."""
-        q, k, v = qkv.unbind(1)
-        return self.q_layernorm(q, rotation), self.k_layernorm(k, rotation), v
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """[K] of queries and of keys."""
+        return self.q_layernorm.weight, self.k_layernorm.weight

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megasora.config.schema import ModelConfig
 from megasora.models.mmdit.blocks import DoubleBlock, FinalLayer, SingleBlock
+from megasora.models.mmdit.kernels.contract import Kernels
 from megasora.models.mmdit.layers import MLPEmbedder, sinusoidal_embedding
 from megasora.models.mmdit.recompute import Seams, keep_inputs_only, keep_original_inputs
 from megasora.models.mmdit.rotary import Rotation, StreamRotations, rotation_of
@@ -75,6 +76,7 @@ class MMDiT(MegatronModule):
         submodules: linear layer classes.
         context: this rank's groups.
         attention: attention over the context group.
+        kernels: what is computed between matrix products and attention.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class MMDiT(MegatronModule):
         submodules: MMDiTSubmodules,
         context: ParallelContext,
         attention: ContextAttention,
+        kernels: Kernels,
     ) -> None:
         super().__init__(config)
         self.model, self.stage = model, stage
@@ -95,7 +98,7 @@ class MMDiT(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.input_tensor: Tensor | None = None
         self.tp_group = context.pg_collection.tp
-        layers = LayerFactory(config=config, tp_group=self.tp_group, submodules=submodules)
+        layers = LayerFactory(config=config, tp_group=self.tp_group, submodules=submodules, kernels=kernels)
         if stage.pre_process:
             self._build_embedders(layers)
         self.double_blocks = nn.ModuleDict()

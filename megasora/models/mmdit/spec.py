@@ -16,6 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from megasora.config.errors import UserError
+from megasora.models.mmdit.kernels.contract import Kernels
 from megasora.models.mmdit.local_linear import LocalColumnParallelLinear, LocalRowParallelLinear
 
 ProviderName = Literal["te", "local"]
@@ -52,11 +53,12 @@ def no_init(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFactory:
-    """Builds the linear layers of a stage with the right Megatron marks."""
+    """Builds the linear layers of a stage with the right Megatron marks, and says who computes what stands between them."""
 
     config: TransformerConfig
     tp_group: dist.ProcessGroup
     submodules: MMDiTSubmodules
+    kernels: Kernels
 
     def column(self, input_size: int, output_size: int) -> nn.Module:
         """Linear split by output rows over TP; gathers sequence-parallel tokens first."""
