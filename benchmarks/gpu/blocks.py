@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from megasora.config.errors import UserError
+from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megasora.models.mmdit.build import build_chunks
 from megasora.models.mmdit.canonical import canonical_parameters
-from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.model import MMDiT, ModelInputs
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel import groups

@@ -91,12 +91,14 @@ class ParallelConfig:
     """What the stages are balanced by; `given` takes pipeline_blocks."""
     pipeline_blocks: tuple[int, ...] | None = None
     """Blocks per model chunk in pipeline order, length PP x VP, for pipeline_split=given."""
-    recompute: Literal["none", "full", "count"] = "none"
-    """Activation recomputation: none, every block, or the first N blocks of each kind in every stage."""
+    recompute: Literal["none", "selective", "full", "count"] = "none"
+    """Activation recomputation. none: every block keeps all it computed; selective: matrix products and attention (norms, modulation,
+    gates, GELU are computed again: little time); full: its inputs alone (every block runs twice); count: the first N blocks of each kind
+    in every chunk of a stage are recomputed in full, the others keep all."""
     recompute_double_blocks: int = 0
-    """Double blocks recomputed per stage when recompute=count."""
+    """Double blocks per chunk recomputed in full when recompute is count (or selective, which then treats the others)."""
     recompute_single_blocks: int = 0
-    """Single blocks recomputed per stage when recompute=count."""
+    """Single blocks per chunk recomputed in full when recompute is count (or selective, which then treats the others)."""
     zero_stage: Literal[1, 2, 3] = 1
     """What DP x CP ranks share out: 1 the optimizer's state (Megatron's distributed optimizer), 2 gradients too, 3 parameters too, gathered
     block by block (torch's FSDP2)."""

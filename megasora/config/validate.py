@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megasora.config.errors import UserError
-from megasora.config.parameters import double_block_parameters, modulation_parameters, single_block_parameters
-from megasora.config.pipeline_split import chunk_lengths, stage_parameters
+from megasora.config.memory import memory_estimate
+from megasora.config.memory_cure import GPU_BYTES, memory_cure
+from megasora.config.parameters import modulation_parameters
 from megasora.config.schema import RunConfig
-
-GPU_BYTES = 141e9
-"""Memory of an H200 (NVIDIA data sheet: 141 GB), the largest GPU the estimate is made for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +173,12 @@ def _schedule(config: RunConfig, world_size: int) -> Iterator[Problem]:
             field="parallel.overlap_param_gather", message="needs overlap_grad_reduce", cure="add --parallel.overlap_grad_reduce True"
         )
     counts = (parallel.recompute_double_blocks, parallel.recompute_single_blocks)
-    if (parallel.recompute == "count") != (max(counts) > 0) or min(counts) < 0:
+    needs = {"count": max(counts) > 0, "selective": True}.get(parallel.recompute, max(counts) == 0)
+    if not needs or min(counts) < 0:
         yield Problem(
             field="parallel.recompute",
             message=f"recompute={parallel.recompute} with counts {counts}",
-            cure="give recompute=count and at least one positive count, or neither",
+            cure="give recompute=count (or selective) and at least one positive count, or none",
         )
 
 
@@ -339,55 +338,39 @@ def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
         )
 
 
-def model_state_bytes(config: RunConfig, *, world_size: int) -> float:
-    """Bytes of weights, gradients, optimizer and EMA on the fullest rank (facts: bf16 2 + fp32 gradients 4, fp32 master and moments 12 and
-    EMA 4 over the ranks that share them); activations come on top. ZeRO-2 and ZeRO-3 share all but gathered weights (all of them, or the
-    block that runs and the next one) and a block's gradients on their way (in the weights' format and in fp32)."""
-    parallel, model = config.parallel, config.model
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    shards = max(1, world_size // (tp * pp))
-    fullest = max(stage_parameters(config.model, parallel)) / tp
-    weight_bytes = 4 if config.precision.dtype == "fp32" else 2
-    ema = 4 if config.optimizer.ema_decay > 0 else 0
-    if parallel.zero_stage == 1:
-        master = 8 if config.precision.dtype == "fp32" else 12
-        return fullest * (weight_bytes + 4 + (master + ema) / shards)
-    block = max(double_block_parameters(model) if model.num_double_blocks else 0, single_block_parameters(model)) / tp
-    gathered = fullest if parallel.zero_stage == 2 else 2 * block
-    return weight_bytes * gathered + (weight_bytes + 4) * block + fullest * (16 + ema) / shards
-
-
 def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Of a run that is sound otherwise: the estimate divides by its sizes."""
     if config.device == "cpu":
         return
-    try:
-        chunk_lengths(config.model, config.parallel)
-    except UserError:
-        return  # `_layout` says what is wrong with the split
-    needed = model_state_bytes(config, world_size=world_size)
-    if needed > GPU_BYTES:
-        yield Problem(
-            field="parallel",
-            message=f"weights, gradients and optimizer need {needed / 1e9:.0f} GB on the fullest GPU, which has {GPU_BYTES / 1e9:.0f} GB "
-            f"({modulation_parameters(config.model) / 1e9:.2f} B parameters are modulation, sharded over TP)",
-            cure="raise TP or PP, or the number of GPUs",
-        )
+    estimate = memory_estimate(config, world_size=world_size)
+    if estimate.total <= GPU_BYTES:
+        return
+    name, most = next(iter(estimate.parts().items()))
+    state = name in ("weights", "gradients", "optimizer", "ema")
+    modulation = f" ({modulation_parameters(config.model) / 1e9:.2f} B parameters are modulation, sharded over TP)"
+    yield Problem(
+        field="parallel",
+        message=f"the fullest GPU needs {estimate.total / 1e9:.0f} GB, of which {name.replace('_', ' ')} {most / 1e9:.0f} GB, and has "
+        f"{GPU_BYTES / 1e9:.0f} GB{modulation if state else ''}",
+        cure=memory_cure(config, world_size=world_size),
+    )
 
 
-CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _zero, _data, _cache, _numbers, _sample, _memory)
+CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _zero, _data, _cache, _numbers, _sample)
 
 
 def problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> list[Problem]:
-    """Everything that cannot work, in schema order; empty when the run is sound. A size below 1 hides the checks that divide by it.
+    """Everything that cannot work, in schema order; empty when the run is sound. A size below 1 hides the checks that divide by it; memory
+    is asked about a run that is sound otherwise.
 
     Args:
         config: the run.
         world_size: ranks of the job.
-        check_memory: whether to compare the model's state with a GPU's memory; off while it is open whether there is a GPU.
+        check_memory: whether to compare the estimate with a GPU's memory; off while it is open whether there is a GPU.
     """
     sizes = list(_positive(config, world_size))
-    checks = [check for check in CHECKS if check_memory or check is not _memory]
-    return sizes or [problem for check in checks for problem in check(config, world_size)]
+    found = sizes or [problem for check in CHECKS for problem in check(config, world_size)]
+    return found or (list(_memory(config, world_size)) if check_memory else [])
 
 
 def raise_on_problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> None:

@@ -36,6 +36,9 @@ def opensora2_image() -> RunConfig:
     """256px images, the warm start between FLUX and video. repo configs/diffusion/train/image.py."""
     return RunConfig(
         recipe="opensora2_image",
+        # repo image.py: grad_ckpt_settings = (8, 100), the first 8 double blocks and every single one; kept whole, the other 11 would take
+        # 51 GB beside 72 GB of state and 10 GB of block inputs, too near to the GPU's 141 (`megasora validate`), so they are selective
+        parallel=ParallelConfig(recompute="selective", recompute_double_blocks=8, recompute_single_blocks=38),
         data=DataConfig(
             # OS2 section 4: 45 images of 256px per GPU; 224 GPUs as in stage 1 (table 2)
             global_tokens=45 * 224 * TOKENS_256PX_IMAGE,

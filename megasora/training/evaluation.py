@@ -14,13 +14,13 @@ import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
+from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import RunConfig
 from megasora.data.decoding.contract import Decoder
 from megasora.data.plan import PlannedClip
 from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of
 from megasora.models.encoders.bundle import Encoders
-from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape

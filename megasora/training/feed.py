@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import RunConfig
 from megasora.data.cache.reading import Cache
 from megasora.data.decoding.contract import Decoder
@@ -29,7 +30,6 @@ from megasora.diffusion.flow import shift_of, training_time
 from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of, normal, uniform
 from megasora.models.encoders.bundle import Encoders
-from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape

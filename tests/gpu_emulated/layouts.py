@@ -12,9 +12,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import Tensor
 
 from megasora.checkpoint.formats.canonical import canonical_shapes
+from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megasora.models.mmdit.build import build_chunks
-from megasora.models.mmdit.megatron_config import FP8_ROW_MULTIPLE
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.models.mmdit.weights import collect
 from megasora.parallel import groups

@@ -65,12 +65,14 @@ def layouts() -> dict[str, tuple[int, ParallelConfig]]:
     return {
         "one rank": (1, layout()),
         "recompute": (1, layout(recompute="full")),
+        "selective": (1, layout(recompute="selective")),
         "tp2": (2, layout(tp=2)),
         "pp2": (2, layout(pp=2)),
         "pp2 vp2": (2, layout(pp=2, vp=2)),
         "cp2 ulysses": (2, layout(cp=2, context_parallel_backend="ulysses")),
         "cp2 ring": (2, layout(cp=2, context_parallel_backend="ring")),
         "tp2 pp2 recompute": (4, layout(tp=2, pp=2, recompute="full")),
+        "tp2 pp2 selective": (4, layout(tp=2, pp=2, recompute="selective")),
         "tp2 pp2 cp2": (8, layout(tp=2, pp=2, cp=2)),
     }
 
@@ -98,7 +100,7 @@ def test_te_in_bf16_is_as_near_to_fp32_as_local_layers_are(gpus: RankPool, name:
 
 
 @pytest.mark.parametrize("fp8", FP8)
-@pytest.mark.parametrize("name", ["one rank", "tp2", "pp2", "recompute"])
+@pytest.mark.parametrize("name", ["one rank", "tp2", "pp2", "recompute", "selective"])
 def test_fp8_is_near_to_fp32(gpus: RankPool, fp8: str, name: str) -> None:
     world_size, parallel = layouts()[name]
     step = gpus.run(world_size, one_step, Case(parallel=parallel, precision=precision(fp8=fp8)))[0]
@@ -106,7 +108,7 @@ def test_fp8_is_near_to_fp32(gpus: RankPool, fp8: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("fp8", FP8)
-@pytest.mark.parametrize(("recompute", "products"), [("none", 3), ("full", 4)])
+@pytest.mark.parametrize(("recompute", "products"), [("none", 3), ("selective", 3), ("full", 4)])
 def test_every_product_of_a_block_runs_in_fp8(gpus: RankPool, fp8: str, recompute: str, products: int) -> None:
     """Forward, gradient of the input, gradient of the weight; recomputation runs the forward again."""
     case = Case(parallel=layout(recompute=recompute), precision=precision(fp8=fp8))
@@ -127,11 +129,12 @@ def test_delayed_scales_are_reduced_once_each_way(gpus: RankPool) -> None:
     assert step.amax_updates == 2 * case.num_microbatches
 
 
-@pytest.mark.parametrize("fp8", FP8)
-def test_recomputation_in_fp8_repeats_the_blocks_to_the_bit(gpus: RankPool, fp8: str) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("fp8", ["none", *FP8])
+def test_recomputation_repeats_the_blocks_to_the_bit(gpus: RankPool, fp8: str, recompute: str) -> None:
     """The rest differs by the order in which bf16 gradients of `vec` are added."""
     plain, again = (
-        gpus.run(1, one_step, Case(parallel=layout(recompute=kind), precision=precision(fp8=fp8)))[0] for kind in ("none", "full")
+        gpus.run(1, one_step, Case(parallel=layout(recompute=kind), precision=precision(fp8=fp8)))[0] for kind in ("none", recompute)
     )
     assert plain.loss == again.loss
     gaps = {key: gap(again.gradients[key], value) for key, value in plain.gradients.items()}

@@ -71,6 +71,13 @@ LAYOUTS = {
     "tp2 pp2 cp2": (8, layout(tp=2, pp=2, cp=2)),
     "tp2 pp2 vp2 recompute": (4, layout(tp=2, pp=2, vp=2, recompute="full")),
     "tp2 recompute one of each": (2, layout(tp=2, recompute="count", recompute_double_blocks=1, recompute_single_blocks=1)),
+    "selective": (1, layout(recompute="selective")),
+    "tp2 pp2 vp2 selective": (4, layout(tp=2, pp=2, vp=2, recompute="selective")),
+    "tp2 cp2 selective, one of each in full": (
+        4,
+        layout(tp=2, cp=2, recompute="selective", recompute_double_blocks=1, recompute_single_blocks=1),
+    ),
+    "cp2 ring selective": (2, layout(cp=2, context_parallel_backend="ring", recompute="selective")),
     "tp2 pp2 dp2": (8, layout(tp=2, pp=2)),
 }
 

@@ -10,10 +10,11 @@ from megasora.cli.endings import Answer
 from megasora.cli.recipe_arguments import RecipeArgs, config_defaults
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
+from megasora.config.memory import MemoryEstimate, memory_estimate
 from megasora.config.parameters import parameter_count
 from megasora.config.pipeline_split import chunk_lengths, stage_parameters
 from megasora.config.schema import RunConfig
-from megasora.config.validate import model_state_bytes, problems
+from megasora.config.validate import problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,18 @@ def run(args: Args) -> Answer:
     found = problems(args.config, world_size=args.gpus)
     if found and not args.json:
         raise UserError("\n  ".join([f"{len(found)} problem(s)", *map(str, found)]))
-    data = {"problems": [to_dict(problem) for problem in found]}
-    return Answer(data=data, show=lambda: _show(args.config, args.gpus), exit_code=2 if found else 0)
+    estimate = None if found else memory_estimate(args.config, world_size=args.gpus)
+    data = {"problems": [to_dict(problem) for problem in found], "memory": None if estimate is None else _memory_data(estimate)}
+    return Answer(data=data, show=lambda: _show(args.config, args.gpus, estimate), exit_code=2 if found else 0)
 
 
-def _show(config: RunConfig, gpus: int) -> None:
+def _memory_data(estimate: MemoryEstimate) -> dict[str, Any]:
+    """Bytes on the fullest GPU."""
+    place = {"stage": estimate.stage, "tokens": estimate.tokens, "in_flight": estimate.in_flight}
+    return {"parts": {name: round(size) for name, size in estimate.parts().items()}, "total": round(estimate.total), **place}
+
+
+def _show(config: RunConfig, gpus: int, estimate: MemoryEstimate | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -53,6 +61,15 @@ def _show(config: RunConfig, gpus: int) -> None:
         table.add_row("blocks per chunk, in pipeline order", " ".join(map(str, chunk_lengths(config.model, parallel))))
         table.add_row("parameters per stage", " ".join(f"{count / 1e9:.2f} B" for count in stage_parameters(config.model, parallel)))
     table.add_row("data parallel size", str(gpus // parallel.model_parallel_size))
-    table.add_row("weights, gradients, optimizer, EMA", f"{model_state_bytes(config, world_size=gpus) / 1e9:.1f} GB on the fullest GPU")
     table.add_row("tokens per step", f"{config.data.global_tokens:,}")
+    if estimate is not None:
+        passes = f", {estimate.in_flight} forward passes in flight" if estimate.in_flight > 1 else ""
+        where = f" (stage {estimate.stage})" if parallel.pipeline_model_parallel_size > 1 else ""
+        table.add_section()
+        table.add_row(
+            f"peak memory of the fullest GPU{where}", f"{estimate.total / 1e9:.1f} GB, {estimate.tokens:,} tokens of a pack{passes}"
+        )
+        for name, size in estimate.parts().items():
+            if size:
+                table.add_row(f"  {name.replace('_', ' ').replace('fp8', 'FP8')}", f"{size / 1e9:.1f} GB")
     Console().print(table)

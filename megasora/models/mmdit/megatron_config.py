@@ -6,14 +6,10 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megasora.config.errors import UserError
+from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FP8_ROW_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-"""Rows of an FP8 matrix product: 8 is the kernel's limit, 16 safe, 128 the block of `blockwise`, 32 that of `mxfp8`
-(Transformer Engine 2.11, pytorch/utils.py and pytorch/quantization)."""
-
-
 FP8_FORMAT = {"none": None, "delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 """Float8 types: hybrid takes E5M2 for gradients, whose range one scale for a whole tensor needs; scales for small blocks let gradients keep
 E4M3's third bit (Transformer Engine 2.11, common/recipe: the defaults of each recipe)."""

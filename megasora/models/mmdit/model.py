@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer import MegatronModule, TransformerConfig
@@ -24,6 +23,7 @@ from megasora.config.schema import ModelConfig
 from megasora.models.mmdit.blocks import DoubleBlock, FinalLayer, SingleBlock
 from megasora.models.mmdit.kernels.contract import Kernels
 from megasora.models.mmdit.layers import MLPEmbedder, sinusoidal_embedding
+from megasora.models.mmdit.recompute import Seams, keep_inputs_only, keep_original_inputs
 from megasora.models.mmdit.rotary import Rotation, StreamRotations, rotation_of
 from megasora.models.mmdit.spec import LayerFactory, MMDiTSubmodules
 from megasora.parallel.context import ContextAttention
@@ -61,6 +61,9 @@ class StageSpec:
     recompute_double: int = 0
     """The first so many double blocks of the chunk are recomputed in the backward pass."""
     recompute_single: int = 0
+    """The same for its single blocks."""
+    selective: bool = False
+    """The other blocks keep their matrix products and attention, and recompute the rest."""
 
 
 class MMDiT(MegatronModule):
@@ -100,14 +103,21 @@ class MMDiT(MegatronModule):
             self._build_embedders(layers)
         self.double_blocks = nn.ModuleDict()
         self.single_blocks = nn.ModuleDict()
-        for index in stage.blocks:
-            if index < model.num_double_blocks:
-                self.double_blocks[str(index)] = DoubleBlock(model, layers=layers, attention=attention)
-            else:
-                number = str(index - model.num_double_blocks)
-                self.single_blocks[number] = SingleBlock(model, layers=layers, attention=attention)
+        self._build_blocks(layers, attention)
         if stage.post_process:
             self.final_layer = FinalLayer(model, layers=layers)
+
+    def _build_blocks(self, layers: LayerFactory, attention: ContextAttention) -> None:
+        model, stage = self.model, self.stage
+        for index in stage.blocks:
+            double = index < model.num_double_blocks
+            blocks, in_full = (self.double_blocks, stage.recompute_double) if double else (self.single_blocks, stage.recompute_single)
+            seams = Seams(selective=stage.selective and len(blocks) >= in_full)
+            kind = DoubleBlock if double else SingleBlock
+            block = kind(model, layers=layers, attention=attention, seams=seams)
+            if seams.selective:
+                keep_original_inputs(block, self.config)
+            blocks[str(index if double else index - model.num_double_blocks)] = block
 
     def _build_embedders(self, layers: LayerFactory) -> None:
         model = self.model
@@ -183,7 +193,7 @@ class MMDiT(MegatronModule):
                 result: tuple[Tensor, Tensor] = block(txt_, img_, vec_, rotations, pack)
                 return result
 
-            txt, img = self._maybe_recompute(run, place < self.stage.recompute_double, txt, img, vec)
+            txt, img = self._run(run, place < self.stage.recompute_double, txt, img, vec)
         return txt, img
 
     def _run_single_blocks(self, joint: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> Tensor:
@@ -193,7 +203,7 @@ class MMDiT(MegatronModule):
                 result: Tensor = block(joint_, vec_, rotations, pack)
                 return result
 
-            joint = self._maybe_recompute(run, place < self.stage.recompute_single, joint, vec)
+            joint = self._run(run, place < self.stage.recompute_single, joint, vec)
         return joint
 
     def _fp8(self) -> AbstractContextManager[object]:
@@ -201,14 +211,7 @@ class MMDiT(MegatronModule):
         context: AbstractContextManager[object] = get_fp8_context(self.config)
         return context
 
-    def _maybe_recompute(self, run: Callable[..., Any], recompute: bool, *tensors: Tensor) -> Any:
-        """Run a block, keeping its activations or only its inputs. `vec` is an argument: both checkpoints are re-entrant, so a tensor
-        that is merely closed over would lose its gradient. Megatron's would recompute outside the FP8 context, so with FP8 it is
-        Transformer Engine's, which enters the context again and keeps the scales of the forward pass."""
-        if not recompute or not torch.is_grad_enabled():
+    def _run(self, run: Callable[..., Any], recompute: bool, *tensors: Tensor) -> Any:
+        if not recompute:
             return run(*tensors)
-        if self.config.fp8 is None:
-            return tensor_parallel.checkpoint(run, False, *tensors)
-        from megatron.core.extensions.transformer_engine import te_checkpoint
-
-        return te_checkpoint(run, False, tensor_parallel.random.get_cuda_rng_tracker, self.tp_group, *tensors)
+        return keep_inputs_only(run, *tensors, config=self.config, tp_group=self.tp_group)

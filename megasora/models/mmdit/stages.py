@@ -16,6 +16,7 @@ def stage_specs(model: ModelConfig, parallel: ParallelConfig, *, pp_rank: int) -
         "none": (0, 0),
         "full": (every, every),
         "count": (parallel.recompute_double_blocks, parallel.recompute_single_blocks),
+        "selective": (parallel.recompute_double_blocks, parallel.recompute_single_blocks),
     }[parallel.recompute]
     return [
         StageSpec(
@@ -25,6 +26,7 @@ def stage_specs(model: ModelConfig, parallel: ParallelConfig, *, pp_rank: int) -
             vp_stage=v if parallel.virtual_pipeline_model_parallel_size else None,
             recompute_double=recompute[0],
             recompute_single=recompute[1],
+            selective=parallel.recompute == "selective",
         )
         for v in range(vp)
     ]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from megasora import recipes
+from megasora.config.memory import model_state_bytes
 from megasora.config.parameters import parameter_count
 from megasora.config.schema import ModelConfig, RunConfig
-from megasora.config.validate import model_state_bytes, problems
+from megasora.config.validate import problems
 
 
 def changed(section: str, **values: Any) -> RunConfig:
@@ -173,10 +174,10 @@ def test_fully_sharded_weights_refuse_fp8_and_overlaps_of_megatron(stage: int) -
 @pytest.mark.parametrize(
     ("stage", "world", "tp", "gigabytes"),
     [
-        # P = 11.891 B; a double block has 36 H^2 + ... = 0.340 B parameters (H 3072), with 2 + 4 bytes of gradients on their way
-        (2, 224, 1, 2 * 11.891 + 6 * 0.340 + 16 * 11.891 / 224),
-        (3, 224, 1, 4 * 0.340 + 6 * 0.340 + 16 * 11.891 / 224),
-        (3, 8, 2, (4 * 0.340 + 6 * 0.340 + 16 * 11.891 / 4) / 2),
+        # P = 11.891 B: bf16 weights gathered once and kept, or not; gradients 4, master 4 and moments 8 bytes by the ranks that share them
+        (2, 224, 1, 2 * 11.891 + 16 * 11.891 / 224),
+        (3, 224, 1, 16 * 11.891 / 224),
+        (3, 8, 2, 16 * 11.891 / 4 / 2),
     ],
 )
 def test_memory_of_shared_gradients_and_weights(stage: int, world: int, tp: int, gigabytes: float) -> None:

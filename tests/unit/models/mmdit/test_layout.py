@@ -25,11 +25,12 @@ def test_chunks_go_round_the_stages_and_only_the_outer_ones_embed_and_end() -> N
     assert [spec.post_process for spec in (*first, *last)] == [False, False, False, True]
 
 
-@pytest.mark.parametrize(("recompute", "counts"), [("none", (0, 0)), ("full", (8, 8)), ("count", (1, 2))])
+@pytest.mark.parametrize(("recompute", "counts"), [("none", (0, 0)), ("full", (8, 8)), ("count", (1, 2)), ("selective", (1, 2))])
 def test_double_and_single_blocks_are_recomputed_as_asked(recompute: str, counts: tuple[int, int]) -> None:
     parallel = ParallelConfig(recompute=recompute, recompute_double_blocks=1, recompute_single_blocks=2)  # type: ignore[arg-type]
     (spec,) = stage_specs(MODEL, parallel, pp_rank=0)
     assert (spec.recompute_double, spec.recompute_single) == counts
+    assert spec.selective == (recompute == "selective")
 
 
 def test_a_split_weighs_blocks_by_what_it_is_asked_for() -> None:

@@ -1,0 +1,291 @@
+"""Peak memory of the fullest GPU, in bytes, before any GPU is there. Pure arithmetic on the settings.
+
+Activations are counted tensor by tensor, as the blocks save them (`models/mmdit/blocks.py`); `tests/memory` holds the sums against what the
+real blocks allocate on fake tensors. Not counted: encoders that run beside training (none with data.cache), the library's own context and
+buffers, fragmentation; a data sheet's 141 GB leave about 8 GB of an H200 for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megasora.config.pack_tokens import FP8_ROW_MULTIPLE, PackTokens, fullest_pack
+from megasora.config.parameters import double_block_parameters, modulation_parameters, single_block_parameters
+from megasora.config.pipeline_split import chunk_blocks, chunk_lengths, stage_parameters
+from megasora.config.schema import ModelConfig, ParallelConfig, RunConfig
+
+TEMPORARIES = {"none": 4.5, "selective": 4.0, "full": 5.2}
+"""Gradients and temporaries of a block's backward pass beyond what it saved or computed again, in tensors [share, H] (measured by
+tests/memory with the kernels of a CPU; Triton's need up to 1.5 less)."""
+RING_TEMPORARIES = 14.5
+"""The same of ring attention: keys, values and their gradients in fp32, twice while they travel (measured by tests/memory)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A tensor that a block saves for its backward pass."""
+
+    width: float
+    """Numbers per token of the share; TP shares either tokens or features, so this is the same for every layout."""
+    recomputed: bool = False
+    """Whether `selective` frees it."""
+    to_linear: bool = False
+    """Saved by a linear layer alone, which keeps an FP8 copy instead under FP8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on the fullest GPU at the worst moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """fp32 master weights and Adam's moments."""
+    ema: float
+    fp8_weights: float
+    """FP8 copies of the block linears' weights, rowwise and transposed, kept from micro-batch to micro-batch."""
+    activations: float
+    """Saved for the backward passes of all micro-batches in flight."""
+    working_set: float
+    """What comes on top while one block runs backward: recomputed tensors, gradients, gathered tokens and weights."""
+    stage: int
+    """Pipeline stage of the GPU."""
+    tokens: int
+    """Tokens of its share of a pack."""
+    in_flight: int
+    """Micro-batches (of a chunk, when interleaved) whose activations are there at once."""
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by name, largest first."""
+        named = {
+            field.name: float(getattr(self, field.name)) for field in fields(self) if field.name not in ("stage", "tokens", "in_flight")
+        }
+        return dict(sorted(named.items(), key=lambda item: -item[1]))
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts().values())
+
+
+def model_state_bytes(config: RunConfig, *, world_size: int) -> float:
+    """Bytes of weights, gradients, optimizer and EMA on the fullest rank; activations come on top."""
+    fullest = max(stage_parameters(config.model, config.parallel))
+    return sum(_state_parts(config, fullest, world_size=world_size))
+
+
+def memory_estimate(config: RunConfig, *, world_size: int) -> MemoryEstimate:
+    """Peak memory of the fullest GPU.
+
+    Args:
+        config: a run whose layout is sound.
+        world_size: ranks of the job.
+
+    Raises:
+        UserError: the pipeline split is impossible.
+    """
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    estimates = [stage_estimate(config, stage=stage, world_size=world_size) for stage in stages]
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryEstimate:
+    """Peak memory of a GPU of one pipeline stage; see `memory_estimate`."""
+    model, parallel = config.model, config.parallel
+    pack = fullest_pack(config, world_size=world_size)
+    tokens = share_tokens(config, pack)
+    weights, gradients, optimizer, ema = _state_parts(config, stage_parameters(model, parallel)[stage], world_size=world_size)
+    costs = [_chunk_bytes(config, stage, chunk, tokens) for chunk in range(parallel.num_model_chunks)]
+    activations, in_flight = peak_in_flight(
+        costs, stage=stage, num_stages=parallel.pipeline_model_parallel_size, num_microbatches=pack.num_microbatches
+    )
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        ema=ema,
+        fp8_weights=_fp8_weight_bytes(config, stage),
+        activations=activations,
+        working_set=_working_set(config, stage, tokens),
+        stage=stage,
+        tokens=tokens,
+        in_flight=in_flight,
+    )
+
+
+def share_tokens(config: RunConfig, pack: PackTokens) -> int:
+    """Tokens of a rank's share of a pack."""
+    parallel = config.parallel
+    return pack.share(
+        tp=parallel.tensor_model_parallel_size,
+        cp=parallel.context_parallel_size,
+        row_multiple=FP8_ROW_MULTIPLE[config.precision.fp8],
+    )
+
+
+def _state_parts(config: RunConfig, parameters: float, *, world_size: int) -> tuple[float, float, float, float]:
+    """Weights, gradients, optimizer, EMA of a stage's parameters (facts: bf16 2 + fp32 gradients 4, fp32 master 4, moments 8, EMA 4).
+
+    With ZeRO-1 an fp32 model is its own master. With ZeRO-2 weights are gathered beside sharded masters and stay; ZeRO-3 keeps the masters
+    alone and gathers block by block (`_working_set`).
+    """
+    parallel = config.parallel
+    own = parameters / parallel.tensor_model_parallel_size
+    shards = max(1, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
+    weights = 0 if parallel.zero_stage == 3 else own * _number_bytes(config)
+    gradients = own * 4 / (1 if parallel.zero_stage == 1 else shards)
+    own_master = config.precision.dtype == "fp32" and parallel.zero_stage == 1
+    return weights, gradients, own * (8 if own_master else 12) / shards, own * (4 if config.optimizer.ema_decay > 0 else 0) / shards
+
+
+def peak_in_flight(costs: list[float], *, stage: int, num_stages: int, num_microbatches: int) -> tuple[float, int]:
+    """Most bytes of activations at once, and how many forward passes they belong to, in Megatron's schedules.
+
+    Args:
+        costs: bytes that a forward pass of each of the stage's chunks keeps; one chunk means 1F1B, more the interleaved schedule with
+            groups of PP micro-batches (megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches, get_schedule_table).
+        stage, num_stages: place in the pipeline.
+        num_microbatches: of a step, a multiple of PP when interleaved.
+    """
+    chunks = len(costs)
+    warmup = num_stages - stage - 1
+    if chunks > 1:
+        warmup = 2 * warmup + (chunks - 1) * num_stages
+    forwards = [
+        chunk
+        for start in range(0, num_microbatches, num_stages)
+        for chunk in range(chunks)
+        for _ in range(min(num_stages, num_microbatches - start))
+    ]
+    ahead = min(warmup + 1, len(forwards))
+    held = peak = sum(costs[chunk] for chunk in forwards[:ahead])
+    for done, coming in zip(forwards, forwards[ahead:], strict=False):
+        held += costs[coming] - costs[chunks - 1 - done]
+        peak = max(peak, held)
+    return peak, ahead
+
+
+def saved_by_block(model: ModelConfig, *, double: bool, ulysses: bool, selective: bool) -> tuple[Saved, ...]:
+    """What a block saves, with `selective` also what it then does not keep.
+
+    Args:
+        model: sizes.
+        double: a double block (both streams together), or a single one.
+        ulysses: whether tokens are exchanged on both sides of attention, which is not done a second time.
+        selective: whether the block is recomputed selectively.
+    """
+    h, f = float(model.hidden_size), float(model.ffn_hidden_size)
+    own, normed = Saved(width=h), Saved(width=h, recomputed=True, to_linear=True)
+    attention: tuple[Saved, ...] = (Saved(width=3 * h, recomputed=not ulysses), own)  # q, k, v as the kernel takes them; its result
+    if ulysses and selective:
+        attention += (own,)  # the result after the exchange, from which the next layer's input is made again
+    if double:
+        residual, hidden, activated = Saved(width=h, recomputed=True), Saved(width=f), Saved(width=f, recomputed=True, to_linear=True)
+        collected = normed  # attention's result for the output projection
+        return (own, normed, Saved(width=3 * h), *attention, collected, own, residual, normed, hidden, activated, own)
+    merged = Saved(width=h + f, recomputed=True, to_linear=True)
+    return (own, normed, Saved(width=3 * h + f), *attention, merged, own)
+
+
+def block_bytes(config: RunConfig, *, double: bool, mode: str) -> float:
+    """Bytes per token of the share that a block keeps for its backward pass when it is recomputed in `mode` (none, selective, full)."""
+    model, number = config.model, _number_bytes(config)
+    if mode == "full":
+        return float(model.hidden_size * number)
+    total = 0.0
+    for tensor in saved_by_block(model, double=double, ulysses=ulysses_size(config) > 1, selective=mode == "selective"):
+        if mode == "selective" and tensor.recomputed:
+            continue
+        total += tensor.width * (_fp8_copy_bytes(config) if tensor.to_linear and config.precision.fp8 != "none" else number)
+    norms = 8 * (2 if double else 1)  # mean and 1 / deviation of LayerNorm, fp32
+    return total + norms + 4 * model.num_attention_heads  # log-sum-exp of attention, fp32
+
+
+def _fp8_copy_bytes(config: RunConfig) -> float:
+    """Bytes per number of the FP8 copy that Transformer Engine's linear keeps of its input (module/linear.py: one orientation survives the
+    forward pass): a byte, and in blocks of 128 an fp32 scale."""
+    return 1 + 4 / 128 if config.precision.fp8 in ("blockwise", "mxfp8") else 1.0
+
+
+def _chunk_bytes(config: RunConfig, stage: int, chunk: int, tokens: int) -> float:
+    """Bytes that one forward pass of a chunk keeps."""
+    model, number = config.model, _number_bytes(config)
+    modes = block_modes(model, config.parallel, stage=stage, chunk=chunk)
+    blocks = sum(block_bytes(config, double=double, mode=mode) for double, mode in modes)
+    first = stage == 0 and chunk == 0
+    last = stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == config.parallel.num_model_chunks - 1
+    received = 0 if first or modes[0][0] else 1  # double blocks take views of the message, single ones a copy
+    final = 2 if last else 0  # the last block's output and its norm
+    rotations = 4 * model.head_dim * config.parallel.tensor_model_parallel_size  # cos and sin of K / 2 angles, fp32
+    return tokens * (blocks + (received + final) * model.hidden_size * number + rotations)
+
+
+def block_modes(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chunk: int) -> list[tuple[bool, str]]:
+    """(double, how it is recomputed: none, selective or full) of each block of a chunk, as `models.mmdit.stages` decides it."""
+    lengths = chunk_lengths(model, parallel)
+    blocks = chunk_blocks(lengths, pp_rank=stage, pp_size=parallel.pipeline_model_parallel_size, vp_stage=chunk)
+    in_full = {True: parallel.recompute_double_blocks, False: parallel.recompute_single_blocks}
+    if parallel.recompute == "full":
+        in_full = {True: model.num_blocks, False: model.num_blocks}
+    rest = "selective" if parallel.recompute == "selective" else "none"
+    seen = {True: 0, False: 0}
+    modes: list[tuple[bool, str]] = []
+    for index in blocks:
+        double = index < model.num_double_blocks
+        modes.append((double, "full" if seen[double] < in_full[double] else rest))
+        seen[double] += 1
+    return modes
+
+
+def _working_set(config: RunConfig, stage: int, tokens: int) -> float:
+    """Bytes on top of everything kept at the worst moment of a backward pass: it starts with the last block, and frees what each kept."""
+    model, parallel = config.model, config.parallel
+    number, tp = _number_bytes(config), parallel.tensor_model_parallel_size
+    one = tokens * model.hidden_size * number
+    worst = 0.0
+    for chunk in range(parallel.num_model_chunks):
+        freed = 0.0
+        for double, mode in reversed(block_modes(model, parallel, stage=stage, chunk=chunk)):
+            kept = tokens * block_bytes(config, double=double, mode=mode)
+            again = tokens * block_bytes(config, double=double, mode="none") - kept
+            weights = double_block_parameters(model) if double else single_block_parameters(model)
+            # a gradient in both formats; with ZeRO-3 this block's weights and the next's
+            gathered = weights / tp * {1: 0, 2: number + 4, 3: 3 * number + 4}[parallel.zero_stage]
+            worst = max(worst, again + TEMPORARIES[mode] * one + gathered - freed)
+            freed += kept
+    if parallel.context_parallel_size > ulysses_size(config):
+        worst += RING_TEMPORARIES * one
+    if parallel.pipeline_model_parallel_size > 1:
+        worst += 2 * one  # a gradient received, another on its way
+    tokens_of_all = (2 * tp - 1) * one if tp > 1 else 0.0  # a gathered input, and a product before it is scattered
+    return worst + tokens_of_all + _largest_weight(model) / tp * number
+
+
+def ulysses_size(config: RunConfig) -> int:
+    """Context ranks that exchange heads; CP / this many pass keys and values around (`parallel.groups.ulysses_factor`)."""
+    parallel = config.parallel
+    cp, heads = parallel.context_parallel_size, config.model.num_attention_heads // parallel.tensor_model_parallel_size
+    largest = max(u for u in range(1, cp + 1) if cp % u == 0 and heads % u == 0)
+    sizes = {"auto": largest, "ulysses": cp, "ring": 1, "ulysses_ring": parallel.ulysses_size or largest}
+    return sizes[parallel.context_parallel_backend]
+
+
+def _number_bytes(config: RunConfig) -> int:
+    """Bytes of one activation."""
+    return 4 if config.precision.dtype == "fp32" else 2
+
+
+def _largest_weight(model: ModelConfig) -> float:
+    """Numbers of the largest matrix, whose gradient exists beside the buffer it is added to."""
+    return float(model.hidden_size * (3 * model.hidden_size + model.ffn_hidden_size))
+
+
+def _fp8_weight_bytes(config: RunConfig, stage: int) -> float:
+    """Transformer Engine keeps a weight in FP8 twice, as Hopper's products read it from both sides (get_weight_workspace)."""
+    if config.precision.fp8 == "none":
+        return 0.0
+    model, parallel = config.model, config.parallel
+    counts = {True: double_block_parameters(model), False: single_block_parameters(model)}
+    modulation = modulation_parameters(model) / (model.num_double_blocks * 12 + model.num_single_blocks * 3)
+    blocks = [double for chunk in range(parallel.num_model_chunks) for double, _ in block_modes(model, parallel, stage=stage, chunk=chunk)]
+    return 2 * sum(counts[double] - modulation * (12 if double else 3) for double in blocks) / parallel.tensor_model_parallel_size

@@ -1,0 +1,61 @@
+"""How many tokens a pack holds and a rank's share of it, from the settings alone: the largest a step can ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megasora.config.schema import RunConfig
+
+FP8_ROW_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""Rows of an FP8 matrix product: 8 is the kernel's limit, 16 safe, 128 the block of `blockwise`, 32 that of `mxfp8`
+(Transformer Engine 2.11, pytorch/utils.py and pytorch/quantization)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackTokens:
+    """The fullest pack of a step."""
+
+    text: int
+    video: int
+    samples: int
+    """0 when the sizes of clips are not known (data.resolution manifest); text and video are then shares of the token budget."""
+    num_microbatches: int
+    """Of a replica and step, raised where max_pack_tokens asks for more."""
+
+    def share(self, *, tp: int, cp: int, row_multiple: int) -> int:
+        """Tokens of one rank of TP x CP, both streams padded as `parallel.pack.PackSplit` does."""
+        unit = tp * cp * row_multiple
+        return sum(-(-tokens // unit) * row_multiple for tokens in (self.text, self.video))
+
+
+def largest_sample(config: RunConfig) -> int | None:
+    """Video tokens of the longest clip of the largest resolution class; None when clips keep their own size."""
+    classes = [name for name, weight in config.data.resolution_mix if weight > 0] or [config.data.resolution]
+    sides = [name.removesuffix("px") for name in classes]
+    if not all(side.isdigit() for side in sides):
+        return None
+    per_side = max(map(int, sides)) // (config.encoders.spatial_compression * config.model.patch_size)
+    frames = (max(config.data.frame_counts) - 1) // config.encoders.temporal_compression + 1
+    return frames * per_side**2
+
+
+def fullest_pack(config: RunConfig, *, world_size: int) -> PackTokens:
+    """The fullest pack of a step of nothing but largest clips (without them: of the token budget, evenly)."""
+    data, parallel = config.data, config.parallel
+    replicas = max(1, world_size // parallel.model_parallel_size)
+    multiple, limit = parallel.microbatch_multiple, data.max_pack_tokens
+    microbatches = -(-data.num_microbatches // multiple) * multiple
+    video = largest_sample(config)
+    if video is None:
+        budget = -(-data.global_tokens // replicas)
+        if limit is not None:
+            microbatches = max(microbatches, -(-budget // limit // multiple) * multiple)
+        tokens = -(-budget // microbatches)
+        return PackTokens(text=0, video=tokens, samples=0, num_microbatches=microbatches)
+    size = video + data.text_tokens
+    of_replica = -(-max(1, data.global_tokens // size) // replicas)
+    if limit is not None:
+        fitting = max(1, limit // size)
+        microbatches = max(microbatches, -(-of_replica // (fitting * multiple)) * multiple)
+    samples = -(-of_replica // microbatches)
+    return PackTokens(text=samples * data.text_tokens, video=samples * video, samples=samples, num_microbatches=microbatches)
