@@ -63,8 +63,6 @@ class EmulatedCudaMode(TorchFunctionMode):
     def _on_cpu(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func is torch.Tensor.pin_memory:
             return args[0].clone()
-        if func is torch.Tensor.record_stream:
-            return None
         func = _KERNELS.get(func, func)
         changed = {name: CPU if name == "device" and isinstance(value, int) else _on_cpu(value) for name, value in kwargs.items()}
         changed.pop("pin_memory", None)
@@ -179,6 +177,7 @@ def _replace_cuda_queries() -> None:
         setattr(torch.cuda, name, lambda *_args, answer=answer, **_kwargs: answer)
     torch.cuda.graphs.is_current_stream_capturing = lambda: False
     torch.version.cuda = "13.0"
+    torch.Tensor.record_stream = lambda _self, _stream: None  # type: ignore[method-assign,assignment]
 
 
 def _replace_nccl() -> None:
