@@ -26,6 +26,7 @@ from megasora.models.mmdit.kernels.composed import COMPOSED
 from megasora.models.mmdit.kernels.contract import Kernels
 from megasora.models.mmdit.kernels.fused import FUSED
 from megasora.models.mmdit.kernels.operators import BYTES_MOVED
+from megasora.models.mmdit.recompute import Seams
 from megasora.models.mmdit.rotary import Rotation, StreamRotations
 from megasora.parallel.pack import HeadRows, Pack, PackSplit, SampleShape
 from megasora.perf.memory_traffic import MemoryTraffic
@@ -127,7 +128,9 @@ def count(block: str, kernels: str, samples: int) -> Row:
         _ = runs.tile_one_hot, runs.one_hot  # made once for all blocks
     attention = _Attention(pack.head_rows([0]))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = (SingleBlock if block == "single" else DoubleBlock)(MODEL, layers=layers_of(KERNELS[kernels]), attention=attention)  # type: ignore[arg-type]
+        made = (SingleBlock if block == "single" else DoubleBlock)(
+            MODEL, layers=layers_of(KERNELS[kernels]), attention=attention, seams=Seams()
+        )  # type: ignore[arg-type]
         share, video = pack.num_text + pack.num_video, pack.num_video
 
         def tokens(number: int) -> Tensor:

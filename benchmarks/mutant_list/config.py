@@ -50,7 +50,13 @@ MUTANTS = (
         "if False and any(",
         CONFIG,
     ),
-    Mutant("optimizer's memory not shared out", "megasora/config/validate.py", "(master + ema) / shards", "(master + ema)", CONFIG),
+    Mutant(
+        "optimizer's memory not shared out",
+        "megasora/config/memory.py",
+        "own * (8 if own_master else 12) / shards",
+        "own * (8 if own_master else 12)",
+        CONFIG,
+    ),
     Mutant(
         "attention's FLOPs halved",
         "megasora/perf/flops.py",

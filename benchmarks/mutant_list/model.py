@@ -94,8 +94,8 @@ MUTANTS = (
     Mutant(
         "shift and scale swapped before the MLP",
         "megasora/models/mmdit/blocks.py",
-        "shift=mod[3],\n            scale=mod[4]",
-        "shift=mod[4],\n            scale=mod[3]",
+        '"shift": mod[3], "scale": mod[4]',
+        '"shift": mod[4], "scale": mod[3]',
         DIFFUSERS,
     ),
     Mutant(
