@@ -16,7 +16,7 @@ from megasora.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 TEMPORARIES = {"none": 4.5, "selective": 4.0, "full": 5.2}
 """Gradients and temporaries of a block's backward pass beyond what it saved or computed again, in tensors [share, H] (measured by
-tests/memory with the kernels of a CPU; Triton's need up to 1.5 less)."""
+tests/memory with the kernels of a CPU)."""
 RING_TEMPORARIES = 14.5
 """The same of ring attention: keys, values and their gradients in fp32, twice while they travel (measured by tests/memory)."""
 
@@ -95,7 +95,7 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
     pack = fullest_pack(config, world_size=world_size)
     tokens = share_tokens(config, pack)
     weights, gradients, optimizer, ema = _state_parts(config, stage_parameters(model, parallel)[stage], world_size=world_size)
-    costs = [_chunk_bytes(config, stage, chunk, tokens) for chunk in range(parallel.num_model_chunks)]
+    costs = [_chunk_bytes(config, stage, chunk, tokens, samples=pack.samples) for chunk in range(parallel.num_model_chunks)]
     activations, in_flight = peak_in_flight(
         costs, stage=stage, num_stages=parallel.pipeline_model_parallel_size, num_microbatches=pack.num_microbatches
     )
@@ -106,7 +106,7 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
         ema=ema,
         fp8_weights=_fp8_weight_bytes(config, stage),
         activations=activations,
-        working_set=_working_set(config, stage, tokens),
+        working_set=_working_set(config, stage, tokens, samples=pack.samples),
         stage=stage,
         tokens=tokens,
         in_flight=in_flight,
@@ -165,7 +165,7 @@ def peak_in_flight(costs: list[float], *, stage: int, num_stages: int, num_micro
     return peak, ahead
 
 
-def saved_by_block(model: ModelConfig, *, double: bool, ulysses: bool, selective: bool) -> tuple[Saved, ...]:
+def saved_by_block(model: ModelConfig, *, double: bool, ulysses: bool, selective: bool, collected: bool) -> tuple[Saved, ...]:
     """What a block saves, with `selective` also what it then does not keep.
 
     Args:
@@ -173,6 +173,7 @@ def saved_by_block(model: ModelConfig, *, double: bool, ulysses: bool, selective
         double: a double block (both streams together), or a single one.
         ulysses: whether tokens are exchanged on both sides of attention, which is not done a second time.
         selective: whether the block is recomputed selectively.
+        collected: whether each stream's part of attention's result is a copy.
     """
     h, f = float(model.hidden_size), float(model.ffn_hidden_size)
     own, normed = Saved(width=h), Saved(width=h, recomputed=True, to_linear=True)
@@ -181,19 +182,22 @@ def saved_by_block(model: ModelConfig, *, double: bool, ulysses: bool, selective
         attention += (own,)  # the result after the exchange, from which the next layer's input is made again
     if double:
         residual, hidden, activated = Saved(width=h, recomputed=True), Saved(width=f), Saved(width=f, recomputed=True, to_linear=True)
-        collected = normed  # attention's result for the output projection
-        return (own, normed, Saved(width=3 * h), *attention, collected, own, residual, normed, hidden, activated, own)
+        parts = (normed,) if collected else ()  # attention's result for the output projections
+        return (own, normed, Saved(width=3 * h), *attention, *parts, own, residual, normed, hidden, activated, own)
     merged = Saved(width=h + f, recomputed=True, to_linear=True)
     return (own, normed, Saved(width=3 * h + f), *attention, merged, own)
 
 
-def block_bytes(config: RunConfig, *, double: bool, mode: str) -> float:
+def block_bytes(config: RunConfig, *, double: bool, mode: str, samples: int) -> float:
     """Bytes per token of the share that a block keeps for its backward pass when it is recomputed in `mode` (none, selective, full)."""
     model, number = config.model, _number_bytes(config)
     if mode == "full":
         return float(model.hidden_size * number)
+    shared_by = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
+    collected = config.precision.fp8 != "none" or samples != 1 or shared_by > 1  # one sample's streams stand together: views
+    ulysses = ulysses_size(config) > 1
     total = 0.0
-    for tensor in saved_by_block(model, double=double, ulysses=ulysses_size(config) > 1, selective=mode == "selective"):
+    for tensor in saved_by_block(model, double=double, ulysses=ulysses, selective=mode == "selective", collected=collected):
         if mode == "selective" and tensor.recomputed:
             continue
         total += tensor.width * (_fp8_copy_bytes(config) if tensor.to_linear and config.precision.fp8 != "none" else number)
@@ -207,11 +211,11 @@ def _fp8_copy_bytes(config: RunConfig) -> float:
     return 1 + 4 / 128 if config.precision.fp8 in ("blockwise", "mxfp8") else 1.0
 
 
-def _chunk_bytes(config: RunConfig, stage: int, chunk: int, tokens: int) -> float:
+def _chunk_bytes(config: RunConfig, stage: int, chunk: int, tokens: int, *, samples: int) -> float:
     """Bytes that one forward pass of a chunk keeps."""
     model, number = config.model, _number_bytes(config)
     modes = block_modes(model, config.parallel, stage=stage, chunk=chunk)
-    blocks = sum(block_bytes(config, double=double, mode=mode) for double, mode in modes)
+    blocks = sum(block_bytes(config, double=double, mode=mode, samples=samples) for double, mode in modes)
     first = stage == 0 and chunk == 0
     last = stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == config.parallel.num_model_chunks - 1
     received = 0 if first or modes[0][0] else 1  # double blocks take views of the message, single ones a copy
@@ -237,7 +241,7 @@ def block_modes(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chu
     return modes
 
 
-def _working_set(config: RunConfig, stage: int, tokens: int) -> float:
+def _working_set(config: RunConfig, stage: int, tokens: int, *, samples: int) -> float:
     """Bytes on top of everything kept at the worst moment of a backward pass: it starts with the last block, and frees what each kept."""
     model, parallel = config.model, config.parallel
     number, tp = _number_bytes(config), parallel.tensor_model_parallel_size
@@ -246,8 +250,8 @@ def _working_set(config: RunConfig, stage: int, tokens: int) -> float:
     for chunk in range(parallel.num_model_chunks):
         freed = 0.0
         for double, mode in reversed(block_modes(model, parallel, stage=stage, chunk=chunk)):
-            kept = tokens * block_bytes(config, double=double, mode=mode)
-            again = tokens * block_bytes(config, double=double, mode="none") - kept
+            kept = tokens * block_bytes(config, double=double, mode=mode, samples=samples)
+            again = tokens * block_bytes(config, double=double, mode="none", samples=samples) - kept
             weights = double_block_parameters(model) if double else single_block_parameters(model)
             # a gradient in both formats; with ZeRO-3 this block's weights and the next's
             gathered = weights / tp * {1: 0, 2: number + 4, 3: 3 * number + 4}[parallel.zero_stage]
