@@ -329,7 +329,7 @@ class Pack:
             streams = Rows(count=text), Rows(count=video, start=text)
         else:
             places = torch.arange(length, device=self.device) if inverse is None else inverse
-            of_text, of_video = self.split_streams(places)
+            of_text, of_video = (part.contiguous() for part in self.split_streams(places))  # runs of one token would be a strided view
             streams = Rows(count=text, index=of_text), Rows(count=video, index=of_video)
         return HeadRows(length=length, text=streams[0], video=streams[1], joint=Rows(count=length, index=inverse))
 

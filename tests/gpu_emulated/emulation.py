@@ -137,6 +137,7 @@ def emulate_with_apex() -> None:
 
     apex.install()
     _become_gpu()
+    _replace_threads()
     MODE.__enter__()
 
 

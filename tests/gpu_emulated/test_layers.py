@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megasora.config.schema import ParallelConfig, PrecisionConfig
-from tests.gpu_emulated.layouts import MODEL, SHORT, UNEVEN, Case, Step, gap, one_step
+from tests.gpu_emulated.layouts import MODEL, SHORT, UNEVEN, Case, Step, gap, one_step, one_step_in_dirty_memory
 from tests.pool import RankPool
 
 FP32 = 1e-5
@@ -176,7 +176,7 @@ def test_the_model_of_these_tests_has_shards_that_fp8_takes() -> None:
 def test_triton_kernels_give_the_gradients_of_torch_operations(triton_gpus: RankPool, parallel: ParallelConfig) -> None:
     (expected,) = triton_gpus.run(1, one_step, Case(precision=precision("fp32", provider="local"), samples=SHORT))
     case = Case(parallel=parallel, precision=precision("fp32", kernels="triton"), samples=SHORT)
-    ours = triton_gpus.run(parallel.model_parallel_size, one_step, case)[0]
+    ours = triton_gpus.run(parallel.model_parallel_size, one_step_in_dirty_memory, case)[0]
     assert ours.loss == pytest.approx(expected.loss, rel=FP32)
     for key, gradient in expected.gradients.items():
         assert gap(ours.gradients[key], gradient) < FP32, key

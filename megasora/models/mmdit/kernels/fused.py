@@ -108,7 +108,7 @@ class FusedKernels:
         out: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         """See the contract."""
-        OPERATORS["place_heads"](_rows_apart(qkv), *weights, cos.contiguous(), sin.contiguous(), rows.index, rows.start, eps, *out)
+        OPERATORS["place_heads"](_rows_apart(qkv), *weights, cos.contiguous(), sin.contiguous(), *_address(rows), eps, *out)
 
     def place_heads_backward(
         self,
@@ -126,7 +126,7 @@ class FusedKernels:
         qkv = _rows_apart(qkv)
         sums = torch.empty(num_programs(qkv), 2, qkv.shape[3], dtype=torch.float32, device=qkv.device)
         OPERATORS["place_heads_backward"](
-            *grads, qkv, *weights, cos.contiguous(), sin.contiguous(), rows.index, rows.start, eps, _rows_apart(out), sums
+            *grads, qkv, *weights, cos.contiguous(), sin.contiguous(), *_address(rows), eps, _rows_apart(out), sums
         )
         of_q, of_k = sums.sum(0).to(weights[0].dtype)
         return of_q, of_k
@@ -138,12 +138,12 @@ class FusedKernels:
             return attended[0].narrow(0, rows.start, rows.count).flatten(1)
         width = attended.shape[0] * attended.shape[2] * attended.shape[3] + (0 if mlp is None else mlp.shape[1])
         out = attended.new_empty(rows.count, width)
-        OPERATORS["collect_heads"](attended, mlp, rows.index, rows.start, out)
+        OPERATORS["collect_heads"](attended, mlp, *_address(rows), out)
         return out
 
     def collect_heads_backward(self, grad: Tensor, *, mlp: Tensor | None, rows: Rows, attended_out: Tensor, mlp_out: Tensor | None) -> None:
         """See the contract."""
-        OPERATORS["collect_heads_backward"](grad.contiguous(), mlp, rows.index, rows.start, attended_out, mlp_out)
+        OPERATORS["collect_heads_backward"](grad.contiguous(), mlp, *_address(rows), attended_out, mlp_out)
 
 
 FUSED = FusedKernels()
@@ -157,6 +157,12 @@ def _empty_normed(x: Tensor) -> Normed:
 
 def _empty_sums(number: int, x: Tensor, runs: Runs) -> Tensor:
     return torch.empty(number, len(runs.tiles), x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def _address(rows: Rows) -> tuple[Tensor | None, int]:
+    """What a kernel adds token numbers to: it reads the index as one run of int64."""
+    assert rows.index is None or (rows.index.is_contiguous() and rows.index.dtype == torch.int64), "an index is one run of int64"
+    return rows.index, rows.start
 
 
 def _rows_apart(qkv: Tensor) -> Tensor:
