@@ -145,7 +145,7 @@ def _trace(setup: Setup, load: Load) -> list[Row]:
     intervals = [
         Interval(name=event.name, start=event.time_range.start, stop=event.time_range.end)
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
     ]
     blocks: Row = {"blocks": f"{model.num_double_blocks} + {model.num_single_blocks}"}
     return [blocks | row for row in summarise(intervals, steps=2)]

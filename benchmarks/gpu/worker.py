@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu.blocks import arguments_of
@@ -47,9 +48,9 @@ def sections_of(setup: Setup, videos: list[Path]) -> dict[str, Section]:
         "curves": ("Losses on fixed data, in full in blocks.json; last: mean of the last ten.", curve_cases),
         "encoders": ("Random weights of the real sizes.", encoder_cases),
         "ring": ("||a - b|| / ||b|| of two merged key chunks against whole attention in fp32.", ring_cases),
-        "decode": ("Frames of [frames, height, width, channels].", lambda setup: decode_cases(setup, videos)),
+        "decode": ("Frames of [frames, height, width, channels].", partial(decode_cases, videos=videos)),
     }
-    return {name: Section(about=text, cases=lambda cases=cases: cases(setup)) for name, (text, cases) in about.items()}
+    return {name: Section(about=text, cases=partial(cases, setup)) for name, (text, cases) in about.items()}
 
 
 def main() -> None:
