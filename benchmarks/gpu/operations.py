@@ -53,17 +53,17 @@ def make_inputs(setup: Setup, load: Load, model: ModelConfig) -> Inputs:
     pack = Pack(load.samples, split=PackSplit(), device=setup.device)
     pack.prepare([[0]])
     s, n, hidden, heads, size = load.tokens, load.count, model.hidden_size, model.num_attention_heads, model.head_dim
-    generator = torch.Generator(device=setup.device).manual_seed(0)
+    torch.manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=setup.device, dtype=torch.bfloat16)
+        return torch.randn(*shape, device=setup.device, dtype=torch.bfloat16)
 
     tensors = {name: draw(s, hidden) for name in ("x", "residual", "branch", "grad", "passed")}
     tensors |= {name: draw(n, hidden) for name in ("shift", "scale", "gate")}
     tensors |= {"qkv": draw(s, 3, heads, size), "mlp": draw(s, model.ffn_hidden_size), "collected": draw(s, hidden + model.ffn_hidden_size)}
     tensors |= {name: draw(1, s, heads, size) for name in ("q", "k", "v")}
     tensors |= {name: draw(size) for name in ("q_weight", "k_weight")}
-    angles = torch.rand(s, 1, size // 2, generator=generator, device=setup.device) * 6.28
+    angles = torch.rand(s, 1, size // 2, device=setup.device) * 6.28
     tensors |= {"cos": angles.cos(), "sin": angles.sin()}
     runs = pack.joint_runs
     _ = runs.tile_one_hot, runs.one_hot  # made once for all blocks, so no part of an operation's time or bytes

@@ -155,20 +155,22 @@ def build(setup: Setup, model: ModelConfig, precision: PrecisionConfig) -> tuple
 def inputs_of(
     setup: Setup, model: ModelConfig, samples: Sequence[SampleShape], *, fp8: str, dtype: torch.dtype
 ) -> tuple[Pack, ModelInputs]:
-    """Random inputs for a pack."""
+    """Random inputs for a pack, the same whatever its padding, which is zero."""
     split = PackSplit(row_multiple=FP8_ROW_MULTIPLE[fp8])
     pack = Pack(samples, split=split, device=setup.device)
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(setup.device, dtype)
+    def draw(rows: int, channels: int, *, padded: int) -> Tensor:
+        values = torch.randn(rows, channels, generator=generator).to(setup.device, dtype)
+        return torch.nn.functional.pad(values, (0, 0, 0, padded - rows))
 
+    video, text, number = sum(sample.video_tokens for sample in samples), sum(sample.text_tokens for sample in samples), len(samples)
     inputs = ModelInputs(
-        img=draw(pack.num_video, model.in_channels),
-        txt=draw(pack.num_text, model.text_dim),
-        t=torch.full((len(samples),), 0.5, device=setup.device),
-        y_vec=draw(len(samples), model.vec_dim),
-        cond=draw(pack.num_video, model.cond_channels) if model.cond_embed else None,
+        img=draw(video, model.in_channels, padded=pack.num_video),
+        txt=draw(text, model.text_dim, padded=pack.num_text),
+        t=torch.full((number,), 0.5, device=setup.device),
+        y_vec=draw(number, model.vec_dim, padded=number),
+        cond=draw(video, model.cond_channels, padded=pack.num_video) if model.cond_embed else None,
     )
     return pack, inputs
 
