@@ -133,7 +133,8 @@ def trace_cases(setup: Setup) -> Iterator[Case]:
 def _trace(setup: Setup, load: Load) -> list[Row]:
     setup.need_cuda()
     precision = PrecisionConfig(dtype="bf16", kernels="triton")
-    model = replace(setup.model, num_double_blocks=setup.model.num_double_blocks // 2, num_single_blocks=setup.model.num_single_blocks // 2)
+    doubles, singles = max(1, setup.model.num_double_blocks // 2), setup.model.num_single_blocks // 2
+    model = replace(setup.model, num_double_blocks=doubles, num_single_blocks=singles)
     step = stack_step(setup, model, load, precision)
     for _ in range(2):
         step()
