@@ -120,24 +120,24 @@ def layers_of(kernels: Kernels) -> Any:
     return factory
 
 
-def count(block: str, kernels: str, samples: int) -> Row:
+def count(block: str, kernels: str, samples: int, *, clip: SampleShape = CLIP, model: ModelConfig = MODEL) -> Row:
     """Forward and backward of one block over a pack of so many clips."""
-    pack = Pack([CLIP] * samples, split=PackSplit())
+    pack = Pack([clip] * samples, split=PackSplit())
     pack.prepare([[0]])
     for runs in (pack.text_runs, pack.video_runs, pack.joint_runs):
         _ = runs.tile_one_hot, runs.one_hot  # made once for all blocks
     attention = _Attention(pack.head_rows([0]))
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = (SingleBlock if block == "single" else DoubleBlock)(
-            MODEL, layers=layers_of(KERNELS[kernels]), attention=attention, seams=Seams()
+            model, layers=layers_of(KERNELS[kernels]), attention=attention, seams=Seams()
         )  # type: ignore[arg-type]
         share, video = pack.num_text + pack.num_video, pack.num_video
 
         def tokens(number: int) -> Tensor:
-            return torch.empty(number, MODEL.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            return torch.empty(number, model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
 
         def rotation(number: int) -> Rotation:
-            return Rotation(*(torch.empty(number, 1, MODEL.head_dim // 2) for _ in range(2)))
+            return Rotation(*(torch.empty(number, 1, model.head_dim // 2) for _ in range(2)))
 
         rotations = StreamRotations(joint=rotation(share), txt=rotation(pack.num_text), img=rotation(video))
         vec = tokens(samples)
@@ -148,8 +148,8 @@ def count(block: str, kernels: str, samples: int) -> Row:
         grads = [torch.empty_like(output) for output in outputs]
         with MemoryTraffic(BYTES_MOVED) as backward:
             torch.autograd.backward(outputs, grads)
-    unit = share * MODEL.hidden_size * 2
-    attention_flops = 4 * sum(sample.tokens**2 for sample in pack.samples) * MODEL.hidden_size
+    unit = share * model.hidden_size * 2
+    attention_flops = 4 * sum(sample.tokens**2 for sample in pack.samples) * model.hidden_size
     return Row(
         block=block,
         kernels=kernels,
