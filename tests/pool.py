@@ -7,6 +7,7 @@ needs them.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -42,6 +43,7 @@ def _serve(rank: int, connection: Connection, paths: list[str], prepare: tuple[s
     from megasora.parallel.cpu import enable_cpu_backend
 
     enable_cpu_backend()
+    gc.freeze()  # what is imported stays; collections look at what jobs leave
     connection.send("ready")
     while True:
         try:
@@ -65,6 +67,7 @@ def _serve(rank: int, connection: Connection, paths: list[str], prepare: tuple[s
             groups.destroy()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            gc.collect()  # models and groups hold each other in cycles, and each group left over has three threads that wake up all the time
 
 
 class RankPool:

@@ -23,14 +23,11 @@ class ComposedKernels:
         weight, shift = 1 + _affine(scale, x), _affine(shift, x)
         if runs.num_samples == 1:
             return Normed(*torch.native_layer_norm(x, (x.shape[-1],), weight[0], shift[0], eps))
-        out = torch.empty_like(x)
-        mean, rstd = (torch.empty(x.shape[0], 1, dtype=_wide(x), device=x.device) for _ in range(2))
-        for start, stop, sample in runs.bounds:
-            part = slice(start, stop)
-            normed = torch.native_layer_norm(x[part], (x.shape[-1],), weight[sample], shift[sample], eps)
-            for whole, piece in zip((out, mean, rstd), normed, strict=True):
-                whole[part] = piece
-        return Normed(out, mean, rstd)
+        parts = [
+            torch.native_layer_norm(x[start:stop], (x.shape[-1],), weight[sample], shift[sample], eps)
+            for start, stop, sample in runs.bounds
+        ]
+        return Normed(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
     def norm_modulate_backward(
         self, grad: Tensor, *, passed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, runs: Runs
