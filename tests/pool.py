@@ -67,7 +67,7 @@ def _serve(rank: int, connection: Connection, paths: list[str], prepare: tuple[s
             groups.destroy()
             if dist.is_initialized():
                 dist.destroy_process_group()
-            gc.collect()  # models and groups hold each other in cycles, and each group left over has three threads that wake up all the time
+            gc.collect()  # models and groups hold each other in cycles, and each group left over has three threads that wake up often
 
 
 class RankPool:
