@@ -3,17 +3,21 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EMULATED := $(VENV)/.emulated
 
 .PHONY: demo test lint bench clean
 
-$(STAMP): setup.py constraints.txt Makefile
+$(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	# for tests/gpu_emulated: Transformer Engine's Python, and the Triton of the CUDA stack (its interpreter and its compiler need no GPU)
-	$(BIN)/pip install -q --no-deps --target $(VENV)/te transformer-engine==2.11.0
-	$(BIN)/pip install -q --no-deps --target $(VENV)/triton triton==3.6.0
+	touch $@
+
+# For tests/gpu_emulated: Transformer Engine's Python, and the Triton of the CUDA stack (its interpreter and its compiler need no GPU).
+$(EMULATED): $(STAMP) Makefile
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/te transformer-engine==2.11.0
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/triton triton==3.6.0
 	touch $@
 
 demo: $(STAMP)
@@ -27,7 +31,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	@! $(BIN)/python -c "import torchvision" 2>/dev/null || { echo "torchvision is installed; it breaks CPU torch: pip uninstall torchvision"; exit 1; }
 
-test: lint
+test: lint $(EMULATED)
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from megasora.config.context_split import ulysses_factor
 from megasora.config.pack_tokens import FP8_ROW_MULTIPLE, PackTokens, fullest_pack
 from megasora.config.parameters import double_block_parameters, modulation_parameters, single_block_parameters
 from megasora.config.pipeline_split import chunk_blocks, chunk_lengths, stage_parameters
@@ -266,12 +267,14 @@ def _working_set(config: RunConfig, stage: int, tokens: int, *, samples: int) ->
 
 
 def ulysses_size(config: RunConfig) -> int:
-    """Context ranks that exchange heads; CP / this many pass keys and values around (`parallel.groups.ulysses_factor`)."""
+    """Context ranks that exchange heads; CP / this many pass keys and values around."""
     parallel = config.parallel
-    cp, heads = parallel.context_parallel_size, config.model.num_attention_heads // parallel.tensor_model_parallel_size
-    largest = max(u for u in range(1, cp + 1) if cp % u == 0 and heads % u == 0)
-    sizes = {"auto": largest, "ulysses": cp, "ring": 1, "ulysses_ring": parallel.ulysses_size or largest}
-    return sizes[parallel.context_parallel_backend]
+    return ulysses_factor(
+        backend=parallel.context_parallel_backend,
+        ulysses_size=parallel.ulysses_size,
+        context_parallel_size=parallel.context_parallel_size,
+        heads_per_tp_rank=config.model.num_attention_heads // parallel.tensor_model_parallel_size,
+    )
 
 
 def _number_bytes(config: RunConfig) -> int:

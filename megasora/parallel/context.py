@@ -148,7 +148,7 @@ class ContextAttention:
 
     def rows(self, pack: Pack) -> HeadRows:
         """Where this rank's tokens go in the N of `q`, `k`, `v`: to attention's order, or with Ulysses to joint order, which it sorts."""
-        return pack.head_rows(None if self.num_groups > 1 else self._cp_ranks(self.groups.ring_rank))
+        return pack.head_rows(None if self.num_groups > 1 else self.groups.members[self.groups.ring_rank])
 
     @property
     def num_groups(self) -> int:
@@ -182,11 +182,7 @@ class ContextAttention:
 
     def _orders(self, pack: Pack) -> list[AttentionOrder]:
         """The order of each ring member's tokens."""
-        return [pack.attention_order(self._cp_ranks(ring_rank)) for ring_rank in range(self.groups.ring_size)]
-
-    def _cp_ranks(self, ring_rank: int) -> range:
-        size = self.groups.ulysses_size
-        return range(ring_rank * size, (ring_rank + 1) * size)
+        return [pack.attention_order(cp_ranks) for cp_ranks in self.groups.members]
 
 
 class _Permute(torch.autograd.Function):

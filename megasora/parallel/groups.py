@@ -15,6 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from megasora.config.context_split import ulysses_factor
 from megasora.config.errors import UserError
 from megasora.config.schema import ParallelConfig
 from megasora.parallel.cpu import enable_cpu_backend
@@ -56,23 +57,6 @@ class ParallelContext:
     def world_size(self) -> int:
         """Ranks of the job."""
         return self.topology.world_size
-
-
-def ulysses_factor(*, backend: str, ulysses_size: int | None, context_parallel_size: int, heads_per_tp_rank: int) -> int:
-    """Ulysses factor U of CP = U x R for a backend name of `ParallelConfig.context_parallel_backend`.
-
-    Raises:
-        UserError: the factor divides neither the heads of a TP rank nor CP.
-    """
-    cp = context_parallel_size
-    largest = max(u for u in range(1, cp + 1) if cp % u == 0 and heads_per_tp_rank % u == 0)
-    size = {"ulysses": cp, "ring": 1, "auto": largest, "ulysses_ring": ulysses_size or largest}[backend]
-    if cp % size or heads_per_tp_rank % size:
-        raise UserError(
-            f"ulysses factor {size} must divide context_parallel_size ({cp}) and the heads of a tensor rank "
-            f"({heads_per_tp_rank}); use --parallel.context_parallel_backend auto (it would take {largest})"
-        )
-    return size
 
 
 def choose_device(name: str) -> torch.device:

@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 MATRIX_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear"})
 SKINNY = 64
 """A product with a side below this is bound by its operands' bytes and counts as they do."""
-VIEWS = ("alias", "as_strided", "chunk", "detach", "expand", "flatten", "narrow", "permute", "reshape", "select", "slice", "split")
-VIEWS_TOO = ("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_reshape_alias", "_unsafe_view")
+VIEWS = (
+    *("alias", "as_strided", "chunk", "detach", "expand", "flatten", "narrow", "permute", "reshape", "select", "slice", "split"),
+    *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"),
+)
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-MOVE_NOTHING = frozenset((*VIEWS, *VIEWS_TOO, *ALLOCATIONS, "device", "lift_fresh"))
+MOVE_NOTHING = frozenset((*VIEWS, *ALLOCATIONS, "device", "lift_fresh"))
 
 
 class MemoryTraffic(TorchDispatchMode):

@@ -23,7 +23,7 @@ from megasora.config.schema import OptimizerConfig
 from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.row_shards import held_rows, reshard
-from megasora.training.owned_shard import OwnedShard
+from megasora.training.owned_shard import OwnedShard, counts_per_parameter
 
 _MARKS = ("tensor_model_parallel", "sequence_parallel")
 """Megatron's attributes of parameters that decide how gradients and norms are summed over TP; FSDP2 makes new parameters without them."""
@@ -205,7 +205,7 @@ class FullyShardedAdam:
                     stop=start + rows.numel(),
                     master=master,
                     state=self.adam.state[master],
-                    counts_steps=isinstance(self.adam, torch.optim.AdamW),
+                    counts_steps=counts_per_parameter(self.adam),
                     dtype=self.dtype,
                 )
 

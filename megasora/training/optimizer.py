@@ -24,7 +24,7 @@ from megasora.config.schema import OptimizerConfig, ParallelConfig
 from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
 from megasora.training.fully_sharded import FullyShardedAdam, shard_fully
-from megasora.training.owned_shard import OwnedShard
+from megasora.training.owned_shard import OwnedShard, counts_per_parameter
 
 TrainingOptimizer: TypeAlias = MegatronOptimizer | FullyShardedAdam
 """ZeRO-1, or ZeRO-2 and ZeRO-3."""
@@ -160,7 +160,7 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], *, optimizer: Op
 
 def _fuse_on_cpu(inner: torch.optim.Optimizer | None) -> None:
     """Let torch's Adam pass over a CPU tensor once; its default there is ten operations on each, and Megatron has no setting for it."""
-    if inner is None or not _counts_per_parameter(inner):
+    if inner is None or not counts_per_parameter(inner):
         return
     for group in inner.param_groups:
         if all(parameter.device.type == "cpu" for parameter in group["params"]):
@@ -203,7 +203,7 @@ def owned_shards(optimizer: TrainingOptimizer) -> Iterator[OwnedShard]:
                     stop=run.end,
                     master=master,
                     state=inner.optimizer.state[master],
-                    counts_steps=_counts_per_parameter(inner.optimizer),
+                    counts_steps=counts_per_parameter(inner.optimizer),
                     dtype=parameter.dtype,
                 )
 
@@ -215,7 +215,7 @@ def ensure_adam_state(optimizer: TrainingOptimizer, *, step: int) -> None:
     which Megatron-core takes where they are installed, count in their parameter groups.
     """
     for adam in _adams(optimizer):
-        if not _counts_per_parameter(adam):
+        if not counts_per_parameter(adam):
             for group in adam.param_groups:
                 group["step"] = step
     for shard in owned_shards(optimizer):
@@ -224,10 +224,6 @@ def ensure_adam_state(optimizer: TrainingOptimizer, *, step: int) -> None:
                 shard.state[name] = torch.zeros_like(shard.master)
         if shard.counts_steps:
             shard.state["step"] = torch.tensor(float(step))
-
-
-def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
-    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def refresh_masters(optimizer: TrainingOptimizer) -> None:

@@ -25,3 +25,8 @@ class OwnedShard:
     """Whether this Adam keeps its step here too, a tensor."""
     dtype: torch.dtype
     """Number format of the weights that the model computes with."""
+
+
+def counts_per_parameter(adam: torch.optim.Optimizer) -> bool:
+    """Whether an Adam keeps its step in each parameter's state (torch's) and not in its groups (Transformer Engine's, apex's)."""
+    return isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))
