@@ -60,17 +60,19 @@ def test_an_error_of_the_thread_is_raised_where_its_item_would_have_come() -> No
 
 
 def test_close_ends_the_thread_after_the_item_it_is_at() -> None:
-    held = threading.Event()
+    begun, held = threading.Event(), threading.Event()
     finished: list[int] = []
 
     def items() -> Iterator[int]:
         yield 0
+        begun.set()
         held.wait(20)
         finished.append(1)
         yield 1
 
     ahead = ahead_of(items())
     assert next(iter(ahead)) == 0
+    assert begun.wait(20)  # one not begun is never made
     threading.Timer(0.1, held.set).start()
     ahead.close()
     assert finished == [1]
