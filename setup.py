@@ -19,6 +19,7 @@ CORE = [
     "sentencepiece",
     "protobuf",
     "av>=16",
+    "Pillow",
     "pyarrow",
     "tensorboard",
     "tyro>=1",

@@ -243,6 +243,11 @@ class EncodersConfig:
     """Video frames per latent frame."""
     spatial_compression: int = 8
     """Pixels per latent pixel."""
+    tile_size: int = 256
+    """Side in pixels of the square tiles that larger pictures and clips are cut into for the autoencoder (a clip is never cut in time); 0
+    does not cut. Open-Sora models/hunyuan_vae: sample_size 256, use_spatial_tiling."""
+    tile_overlap: float = 0.25
+    """Share of a tile's side that it has in common with the next. Open-Sora models/hunyuan_vae: tile_overlap_factor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,11 +325,21 @@ class SampleConfig:
     steps: int = 50
     """Euler steps."""
     guidance: float = 7.5
-    """Text guidance g_txt."""
+    """Text guidance g_txt; of a guidance-distilled model (FLUX.1-dev) the scale it is told."""
     guidance_img: float = 3.0
-    """Image guidance g_img."""
-    guidance_oscillation: bool = True
-    """Keep the guidance in steps < 10 and even ones, use 1 in the others (text)."""
+    """Guidance of given frames g_img."""
+    text_oscillation: bool = True
+    """Keep g_txt in steps < 10 and even ones, use 1 in the others."""
+    image_oscillation: bool = True
+    """The same for g_img."""
+    image_ramp: bool = True
+    """For given images (not for given clips), let g_img fall to 1 over the steps and rise from 1 over the latent frames."""
+    guidance_parallel: int = 1
+    """Replicas of the model that share out the evaluations of a guided step: 3 with given frames, 2 without."""
+    flow_shift: float | None = None
+    """Shift of the times toward noise; None takes the one that training draws its times with (flow.shift_points, flow.temporal_shift)."""
+    prompt_fps: bool = True
+    """Append the frame rate to the prompt (`24 FPS.`), as the published weights are asked; nothing is appended for a picture."""
     motion_score: float | None = 4.0
     """Motion score appended to the prompt; None appends nothing."""
     seed: int = 42

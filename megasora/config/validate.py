@@ -293,6 +293,24 @@ def _cache(config: RunConfig, world_size: int) -> Iterator[Problem]:
             )
 
 
+def _tiles(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Tiles and their overlap are whole latent pixels, so that encoding and decoding cut at the same places."""
+    encoders = config.encoders
+    if encoders.tile_size < 0 or encoders.tile_size % encoders.spatial_compression:
+        nearest = max(1, round(encoders.tile_size / encoders.spatial_compression)) * encoders.spatial_compression
+        yield Problem(
+            field="encoders.tile_size",
+            message=f"{encoders.tile_size} is no multiple of the {encoders.spatial_compression} pixels of a latent pixel",
+            cure=f"use {nearest}, or 0 for no tiles",
+        )
+    elif not 0 <= encoders.tile_overlap < 1 or (encoders.tile_size // encoders.spatial_compression * encoders.tile_overlap) % 1:
+        yield Problem(
+            field="encoders.tile_overlap",
+            message=f"{encoders.tile_overlap} of {encoders.tile_size} pixels is no whole number of latent pixels below the tile",
+            cure="use 0.25",
+        )
+
+
 def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:
     optimizer = config.optimizer
     ranges = (
@@ -320,6 +338,10 @@ def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
             field="evaluation.sample_prompts",
             message="is empty, but sample_interval_steps is set",
             cure='add --evaluation.sample_prompts "A cat" "A dog"',
+        )
+    if config.sample.guidance_parallel not in (1, 2, 3):
+        yield Problem(
+            field="sample.guidance_parallel", message=f"{config.sample.guidance_parallel} is not 1, 2 or 3", cure="use 3 with given frames"
         )
     unit = config.encoders.spatial_compression * config.model.patch_size
     for name in ("height", "width"):
@@ -356,7 +378,7 @@ def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
     )
 
 
-CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _zero, _data, _cache, _numbers, _sample)
+CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _zero, _data, _cache, _tiles, _numbers, _sample)
 
 
 def problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> list[Problem]:

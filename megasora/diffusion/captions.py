@@ -5,6 +5,8 @@ Source: hpcaitech/Open-Sora opensora/datasets/datasets.py and utils/inference.py
 
 from __future__ import annotations
 
+import re
+
 
 def training_caption(text: str, *, fps: float | None, motion_score: float | None) -> str:
     """`{text} {n} FPS, {m} motion score.` with each part only when known; fps is the sampled one."""
@@ -16,6 +18,16 @@ def training_caption(text: str, *, fps: float | None, motion_score: float | None
     return f"{text} {', '.join(parts)}." if parts else text
 
 
-def inference_caption(text: str, *, motion_score: float | None) -> str:
-    """`{text} {m} motion score.`, or the text alone."""
-    return training_caption(text, fps=None, motion_score=motion_score)
+def inference_caption(text: str, *, fps: float | None, motion_score: float | None) -> str:
+    """The prompt as the released weights are asked: `{text}. {n} FPS. {m} motion score.`
+
+    A full stop is added where the text has none; a text that already ends in `n FPS.` keeps it; fps and motion score that are None (a
+    picture) are left out. Source: hpcaitech/Open-Sora opensora/utils/inference.py (ensure_sentence_ends_with_period,
+    add_fps_info_to_text, add_motion_score_to_text), scripts/diffusion/inference.py.
+    """
+    text = text.strip()
+    if fps is not None or motion_score is not None:
+        text = text if text.endswith(".") else f"{text}."
+    if fps is not None and not re.search(r"\d+ FPS\.$", text):
+        text = f"{text} {fps:g} FPS."
+    return text if motion_score is None else f"{text} {motion_score:g} motion score."

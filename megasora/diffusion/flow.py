@@ -21,16 +21,23 @@ def velocity_target(x_0: Tensor, x_1: Tensor, *, sigma_min: float) -> Tensor:
     return (1 - sigma_min) * x_1 - x_0
 
 
-def shift_of(latent_grid: tuple[int, int, int], *, points: tuple[tuple[float, float], tuple[float, float]], temporal: bool) -> float:
+def shift_of(
+    latent_grid: tuple[int, int, int],
+    *,
+    points: tuple[tuple[float, float], tuple[float, float]],
+    temporal: bool,
+    pixels_per_token: int = 4,
+) -> float:
     """How strongly times are shifted toward noise for a latent of (T, H, W) pixels.
 
-    The line through `points` at (H W) // 4 (FLUX counts 2x2 patches; the //4 stays for the DC-AE), times sqrt(T) when `temporal`.
-    256px 129 frames gives 5.745, 768px 129 frames 11.87.
+    The line through `points` at (H W) // pixels_per_token (FLUX counts 2x2 patches), times sqrt(T) when `temporal`. 256px 129 frames gives
+    5.745, 768px 129 frames 11.87. With the DC-AE, whose patches are 1x1, the published training still divides by 4
+    (scripts/diffusion/train.py), the published sampling by patch^2 = 1 (utils/sampling.py).
     """
     frames, height, width = latent_grid
     (x_a, y_a), (x_b, y_b) = points
     slope = (y_b - y_a) / (x_b - x_a)
-    spatial = y_a + slope * ((height * width) // 4 - x_a)
+    spatial = y_a + slope * ((height * width) // pixels_per_token - x_a)
     return spatial * math.sqrt(frames) if temporal else spatial
 
 

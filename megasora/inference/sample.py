@@ -1,106 +1,272 @@
-"""`megasora sample`: text (and a first frame) to mp4, on one rank or in any layout; the seed gives the same clip in all."""
+"""`megasora sample`: prompts, pictures and clips to mp4, on one rank or in any layout; the seed gives the same clip in all.
+
+A clip that is there already and was made from the same is kept, so an interrupted table goes on where it ended. The first rank of a clip
+decides what is there, reads nothing twice, and writes; beside each clip stands its record.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.progress import Progress
-from torch import Tensor
 
-from megasora.checkpoint.source import Select, WeightSource, open_source
+from megasora.checkpoint.source import Select
 from megasora.config.errors import UserError
-from megasora.config.schema import ModelConfig, RunConfig, SampleConfig
-from megasora.config.validate import raise_on_problems
-from megasora.data.decoding.contract import DecodeError, DecodeRequest
-from megasora.data.decoding.pyav import PyAVDecoder
-from megasora.data.decoding.writer import write_video
-from megasora.models.encoders.bundle import load_encoders
-from megasora.models.mmdit.build import build_chunks
-from megasora.models.mmdit.weights import fill_parameters
-from megasora.models.sampler import Sampler
-from megasora.parallel import groups
+from megasora.config.io import from_dict, to_dict
+from megasora.config.schema import FlowConfig, RunConfig, SampleConfig
+from megasora.data.decoding.writer import write_picture, write_video
+from megasora.inference.first_frames import FirstFrames, draw_first_frames
+from megasora.inference.given import check_sources
+from megasora.inference.record import Hashes, differences, hashes_of, read_record, record_of, write_record
+from megasora.inference.requests import ClipRequest, Common, Unusable, read_requests, requests_of
+from megasora.inference.session import Drawn, Offload, Session, World, start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is asked for, of the command line."""
+
+    prompt: tuple[str, ...] = ()
+    table: Path | None = None
+    again: Path | None = None
+    """The record of a clip to make again."""
+    image: Path | None = None
+    end_image: Path | None = None
+    video: Path | None = None
+    common: Common
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of the clips, over all ranks, in the order they were asked for."""
+
+    made: tuple[Path, ...] = ()
+    kept: tuple[Path, ...] = ()
+    """Were there already."""
+    failed: tuple[Unusable, ...] = field(default=())
 
 
 def run_sample(
     config: RunConfig,
+    wanted: Wanted,
     *,
     weights: Path,
-    prompt: tuple[str, ...],
     output: Path,
-    image: Path | None = None,
     select: Select = "model",
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    fps: float | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-) -> list[Path]:
-    """Sample one clip per prompt; returns the files (written by rank 0).
+    offload: Offload = "none",
+    first_frames: FirstFrames | None = None,
+    save_latents: bool = False,
+) -> Outcome:
+    """Draw the clips that are asked for into a folder.
+
+    Args:
+        config: settings; its sample section is what all clips have in common.
+        wanted: the clips.
+        weights, select: of any format, and which of a training checkpoint's.
+        output: folder of the clips.
+        offload: see `Session`.
+        first_frames: draw the first frames of text-to-video clips with other weights; None goes from text to video.
+        save_latents: also write each clip's scaled latent as safetensors.
 
     Raises:
-        UserError: settings, weights or the image do not fit.
+        UserError: settings, weights or files do not fit, or a clip of that name was made from something else.
     """
-    given = {"height": height, "width": width, "num_frames": num_frames, "fps": fps, "steps": steps, "seed": seed}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    config = replace(config, sample=replace(config.sample, **chosen))  # type: ignore[arg-type]
-    device = groups.choose_device(config.device)
-    groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
-    config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
-    raise_on_problems(config, world_size=dist.get_world_size())
-    if dist.get_world_size() != config.parallel.model_parallel_size:
-        raise UserError(
-            f"sampling runs one replica: TP x PP x CP = {config.parallel.model_parallel_size}, but {dist.get_world_size()} rank(s) were "
-            "started; use torchrun with that many, or set --parallel.* to 1"
+    remembered = None if wanted.again is None else read_record(wanted.again)
+    if remembered is not None:
+        config = _settings_of(remembered, config)
+    requests, failed = _requests(config, wanted, remembered)
+    world = start(config)
+    config = world.config
+    session = Session(world, weights=weights, select=select, offload=offload)
+    for request in requests:
+        session.check(request)
+    requests, unreadable = _readable(requests, world, one_by_one=wanted.table is not None)
+    own = requests[world.groups.number :: world.groups.count]
+    with Progress(disable=dist.get_rank() != 0, transient=True) as progress:
+        task = progress.add_task("sample", total=len(own) * config.sample.steps * (2 if first_frames else 1))
+        maker = _Maker(session, output=output, weights=weights, select=select, save_latents=save_latents)
+        if first_frames is not None:
+            session.shelf.encode_texts([text for request in own for text in (request.prompt, session.caption(request), request.negative)])
+            own = draw_first_frames(
+                world,
+                own,
+                settings=first_frames,
+                shelf=session.shelf,
+                offload=offload,
+                folder=output / "first_frames",
+                on_step=lambda _: progress.advance(task),
+            )
+        if remembered is not None:
+            maker.insist_on(remembered, own)
+        made, kept = maker.make(own, on_step=lambda _: progress.advance(task))
+    return _gathered(world, Outcome(made=tuple(made), kept=tuple(kept)), requests, failed=(*failed, *unreadable), output=output)
+
+
+class _Maker:
+    """Draws, decodes and writes this rank's clips."""
+
+    def __init__(self, session: Session, *, output: Path, weights: Path, select: Select, save_latents: bool) -> None:
+        self.session, self.output, self.weights, self.select, self.save_latents = session, output, weights, select, save_latents
+        self.world: World = session.world
+        self._hashes: Hashes | None = None
+        self._hashing = threading.Thread(target=self._hash, daemon=True)  # while texts are encoded and weights are loaded
+        if self.world.leads:
+            self._hashing.start()
+
+    def _hash(self) -> None:
+        self._hashes = hashes_of(self.weights, self.world.config)
+
+    def record(self, request: ClipRequest) -> dict[str, Any]:
+        """The clip's record, on its first rank."""
+        self._hashing.join()
+        if self._hashes is None:  # the thread failed: fail here, in its words
+            self._hash()
+        assert self._hashes is not None
+        session = self.session
+        return record_of(
+            request,
+            caption=session.caption(request),
+            config=session.config,
+            model=session.model,
+            weights=self.weights,
+            select=self.select,
+            hashes=self._hashes,
         )
-    source = open_source(weights, axes_dim=config.model.axes_dim, select=select)
-    model = replace(config.model, cond_embed=source.model.cond_embed, guidance_embed=source.model.guidance_embed)
-    source.fits(model)
-    if image is not None and not model.cond_embed:
-        raise UserError(f"weights {weights} have no cond_in, so --image cannot be used with them")
-    sampler = _sampler(config, source, model=model, device=device)
-    first_frame = None if image is None else _read_image(image, config.sample)
-    rank = sampler.context.rank
-    files: list[Path] = []
-    with Progress(disable=rank != 0, transient=True) as progress:
-        task = progress.add_task("sample", total=len(prompt) * config.sample.steps)
-        for number, text in enumerate(prompt):
-            encoded = sampler.encode(text, first_frame=first_frame, text_tokens=config.data.text_tokens)
-            latent = sampler.sample(encoded, number=number, on_step=lambda _: progress.advance(task))
-            path = output / f"sample_{number:03d}.mp4"
-            if rank == 0:
-                output.mkdir(parents=True, exist_ok=True)
-                write_video(path, sampler.encoders.vae.decode(latent).float(), fps=config.sample.fps)
-            files.append(path)
-    if rank == 0:
-        print("\n".join(map(str, files)))
-    return files
+
+    def insist_on(self, remembered: dict[str, Any], requests: Sequence[ClipRequest]) -> None:
+        """Refuse to make another clip than the remembered one.
+
+        Raises:
+            UserError: weights, encoders, given files or settings differ.
+        """
+        for request in requests if self.world.leads else ():
+            if different := differences(self.record(request), remembered):
+                raise UserError(f"the clip cannot be made again from this: {'; '.join(different[:3])}")
+
+    def make(self, requests: Sequence[ClipRequest], *, on_step: Any) -> tuple[list[Path], list[Path]]:
+        """(clips made, clips that were there), as paths."""
+        session, (todo, kept) = self.session, self._left(requests)
+        session.shelf.encode_texts([text for request in todo for text in (session.caption(request), request.negative)])
+        if session.offload != "none":
+            session.shelf.drop_text_encoders()
+        prompts = [session.prompt(request) for request in todo]
+        made: list[Path] = []
+        for request, prompt in zip(todo, prompts, strict=True):
+            latent, drawn = session.draw(request, prompt, on_step=on_step)
+            video = session.decode(latent)
+            made.append(self._path(request))
+            if video is not None:
+                self._write(request, video, latent, drawn)
+        return made, kept
+
+    def _left(self, requests: Sequence[ClipRequest]) -> tuple[list[ClipRequest], list[Path]]:
+        """The clips that are not there yet, and the paths of the others; the clip's first rank looks, so that all its ranks agree."""
+        found: list[Any] = [None]
+        if self.world.leads:
+            self.output.mkdir(parents=True, exist_ok=True)
+            found = [[self._is_there(request) for request in requests]]
+        clip = self.world.groups.clip
+        if clip.size() > 1:
+            dist.broadcast_object_list(found, src=dist.get_global_rank(clip, 0), group=clip)
+        for state in found[0]:
+            if isinstance(state, str):
+                raise UserError(state)
+        there = list(zip(requests, found[0], strict=True))
+        return [request for request, is_there in there if not is_there], [self._path(request) for request, is_there in there if is_there]
+
+    def _is_there(self, request: ClipRequest) -> bool | str:
+        """Whether the clip is there, or why it may not be replaced."""
+        path = self._path(request)
+        if not path.is_file() or not path.with_suffix(".json").is_file():
+            return False
+        different = differences(self.record(request), read_record(path.with_suffix(".json")))
+        return f"{path} was made from something else ({different[0]}); choose another --output or name" if different else True
+
+    def _path(self, request: ClipRequest) -> Path:
+        return self.output / f"{request.name}.{'png' if request.size.num_frames == 1 else 'mp4'}"
+
+    def _write(self, request: ClipRequest, video: torch.Tensor, latent: torch.Tensor, drawn: Drawn) -> None:
+        path = self._path(request)
+        if self.save_latents:
+            from safetensors.torch import save_file
+
+            save_file({"latent": latent.cpu().contiguous()}, path.with_suffix(".safetensors"))
+        if request.size.num_frames == 1:
+            write_picture(path, video[:, 0])
+        else:
+            write_video(path, video, fps=self.session.config.sample.fps)
+        write_record(path.with_suffix(".json"), {**self.record(request), "made": to_dict(drawn)})
 
 
-def _sampler(config: RunConfig, source: WeightSource, *, model: ModelConfig, device: torch.device) -> Sampler:
-    """Encoders and this rank's part of the model, with its weights."""
-    encoders = load_encoders(config.encoders, model=model, device=device)
-    context = groups.initialize(config.parallel, device=device, num_attention_heads=model.num_attention_heads, seed=0)
-    chunks, megatron_config = build_chunks(model, config.parallel, config.precision, context=context)
-    fill_parameters(chunks, source.read, known=source.shapes, model=model, context=context)
-    return Sampler(
-        chunks,
-        megatron_config=megatron_config,
-        model=model,
-        sample=config.sample,
-        flow=config.flow,
-        encoders=encoders,
-        context=context,
-    )
+def _requests(config: RunConfig, wanted: Wanted, remembered: dict[str, Any] | None) -> tuple[list[ClipRequest], list[Unusable]]:
+    """The clips asked for, by exactly one of prompts, table and record."""
+    asked = [name for name, given in (("--prompt", wanted.prompt), ("--table", wanted.table), ("--again", remembered)) if given]
+    if len(asked) != 1:
+        raise UserError(f"give one of --prompt, --table and --again{', not ' + ' and '.join(asked) if asked else ''}")
+    if wanted.common.num_samples < 1:
+        raise UserError(f"--num_samples {wanted.common.num_samples} must be at least 1")
+    if wanted.table is not None:
+        if wanted.image or wanted.end_image or wanted.video:
+            raise UserError("with --table, images and videos are columns of the table (image, end_image, video)")
+        return read_requests(wanted.table, config=config, common=wanted.common)
+    here = Path()
+    if remembered is not None:
+        paths = {name: remembered["paths"].get(name) for name in ("image", "end_image", "video")}
+        row = {**paths, **remembered["size"], **{name: remembered[name] for name in ("prompt", "negative", "kind", "seed")}}
+        assert wanted.again is not None
+        row["name"] = wanted.again.stem
+        return requests_of(row, number=0, config=config, common=replace(wanted.common, num_samples=1, kind=None), folder=here), []
+    files = {"image": wanted.image, "end_image": wanted.end_image, "video": wanted.video}
+    rows = [{"prompt": prompt, **files} for prompt in wanted.prompt]
+    common = wanted.common
+    return [r for n, row in enumerate(rows) for r in requests_of(row, number=n, config=config, common=common, folder=here)], []
 
 
-def _read_image(image: Path, settings: SampleConfig) -> Tensor:
-    """[3, 1, H, W] in [-1, 1] at the clip's size."""
-    request = DecodeRequest(path=str(image), start=0, stride=1, num_frames=1, height=settings.height, width=settings.width)
+def _settings_of(record: dict[str, Any], config: RunConfig) -> RunConfig:
+    """The run's settings with the record's, which decide the clip."""
+    sample = {**to_dict(config.sample), **record["sample"]}
+    encoders = replace(config.encoders, **record["encoding"])
+    data = replace(config.data, text_tokens=record["text_tokens"])
+    flow: FlowConfig = from_dict(record["flow"], FlowConfig, path="record.flow")
+    return replace(config, sample=from_dict(sample, SampleConfig, path="record.sample"), encoders=encoders, data=data, flow=flow)
+
+
+def _readable(requests: list[ClipRequest], world: World, *, one_by_one: bool) -> tuple[list[ClipRequest], list[Unusable]]:
+    """Requests whose files can be read; rank 0 looks, so that all ranks draw the same clips.
+
+    Raises:
+        UserError: a file cannot be read and there is no table whose other rows could be drawn.
+    """
+    reasons: list[Any] = [None]
+    if dist.get_rank() == 0:
+        reasons = [[_reason(request, world.config.encoders.temporal_compression) for request in requests]]
+    dist.broadcast_object_list(reasons, src=0)
+    pairs = list(zip(requests, reasons[0], strict=True))
+    bad = {request.row: reason for request, reason in pairs if reason is not None}
+    if bad and not one_by_one:
+        raise UserError(next(iter(bad.values())))
+    return [request for request, reason in pairs if reason is None], [Unusable(row=row, reason=reason) for row, reason in bad.items()]
+
+
+def _reason(request: ClipRequest, temporal_compression: int) -> str | None:
     try:
-        return PyAVDecoder().decode(request)
-    except DecodeError as error:
-        raise UserError(f"--image {error}") from error
+        check_sources(request, temporal_compression=temporal_compression)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _gathered(world: World, own: Outcome, requests: Sequence[ClipRequest], *, failed: tuple[Unusable, ...], output: Path) -> Outcome:
+    """All ranks' clips, in the order they were asked for."""
+    every: list[Outcome | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    made = {path for outcome in every if outcome is not None for path in outcome.made}
+    kept = {path for outcome in every if outcome is not None for path in outcome.kept}
+    order = [output / f"{request.name}.{ending}" for request in requests for ending in ("mp4", "png")]
+    return Outcome(made=tuple(path for path in order if path in made), kept=tuple(path for path in order if path in kept), failed=failed)

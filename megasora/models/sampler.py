@@ -6,18 +6,18 @@ What a clip is decoded to or written as is left to the caller. Shape letters: n 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megasora.config.schema import FlowConfig, ModelConfig, SampleConfig
+from megasora.config.schema import EncodersConfig, FlowConfig, ModelConfig, SampleConfig
 from megasora.diffusion.captions import inference_caption
-from megasora.diffusion.conditions import condition_latent, given_frames
+from megasora.diffusion.conditions import GivenFrames, condition_latent
 from megasora.diffusion.flow import sampling_times, shift_of
-from megasora.diffusion.guidance import denoise, latent_frame_of
+from megasora.diffusion.guidance import Branch, Guidance, GuidedVelocity, denoise, latent_frame_of
 from megasora.diffusion.patchify import patchify, unpatchify
 from megasora.diffusion.philox import Stream, key_of, normal_at
 from megasora.models.encoders.bundle import Encoders
@@ -29,6 +29,21 @@ from megasora.parallel.pack import Pack, PackSplit, SampleShape
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipSize:
+    """Size of a clip in frames and pixels."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    def latent_shape(self, model: ModelConfig, encoders: EncodersConfig) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of its latent."""
+        unit = encoders.spatial_compression
+        frames = (self.num_frames - 1) // encoders.temporal_compression + 1
+        return model.latent_channels, frames, self.height // unit, self.width // unit
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What one clip is made from, encoded."""
 
@@ -37,20 +52,37 @@ class Prompt:
     vec: Tensor
     """[V]"""
     null_text: Tensor
+    """Of the negative prompt; the empty one by default."""
     null_vec: Tensor
-    cond: Tensor | None
-    """[N, C + p^2] condition tokens of a given image, None without."""
+    kind: str = "t2v"
+    """Which frames are given (`diffusion.conditions`)."""
+    given: tuple[tuple[GivenFrames, Tensor], ...] = field(default=())
+    """Runs of given frames and their scaled latents [C, latent_count, H, W]."""
 
 
-class Sampler:
+def caption_of_prompt(text: str, *, settings: SampleConfig, num_frames: int) -> str:
+    """The prompt as the text encoders get it; a picture has no frame rate and no motion."""
+    moves = num_frames > 1
+    return inference_caption(
+        text, fps=settings.fps if moves and settings.prompt_fps else None, motion_score=settings.motion_score if moves else None
+    )
+
+
+def encode_prompt(encoders: Encoders, caption: str, *, negative: str = "", text_tokens: int) -> Prompt:
+    """Text to `Prompt`, without given frames."""
+    texts, vecs = encoders.encode_text([caption, negative], max_tokens=text_tokens)
+    return Prompt(text=texts[0], vec=vecs[0], null_text=texts[1], null_vec=vecs[1])
+
+
+class ClipSampler:
     """Draws clips from one model.
 
     Args:
         chunks: this rank's chunks of the model, in virtual-stage order.
         megatron_config: Megatron's settings.
-        model, sample, flow: settings.
-        encoders: autoencoder and text encoders.
+        model, sample, flow, encoders: settings.
         context: this rank's groups.
+        branches: ranks with the same share of tokens in the replicas that share out the branches of guidance; None without such.
     """
 
     def __init__(
@@ -61,34 +93,27 @@ class Sampler:
         model: ModelConfig,
         sample: SampleConfig,
         flow: FlowConfig,
-        encoders: Encoders,
+        encoders: EncodersConfig,
         context: ParallelContext,
+        branches: dist.ProcessGroup | None = None,
     ) -> None:
         self.chunks, self.megatron_config, self.model, self.settings, self.flow = chunks, megatron_config, model, sample, flow
-        self.encoders, self.context = encoders, context
-        vae = encoders.vae
-        frames = (sample.num_frames - 1) // vae.temporal_compression + 1
-        self.latent_shape = (vae.latent_channels, frames, sample.height // vae.spatial_compression, sample.width // vae.spatial_compression)
-        self.grid = (frames, self.latent_shape[2] // model.patch_size, self.latent_shape[3] // model.patch_size)
-
-    def encode(self, text: str, *, first_frame: Tensor | None, text_tokens: int) -> Prompt:
-        """Encode a prompt and, for image-to-video, its first frame [3, 1, H, W] on its own."""
-        caption = inference_caption(text, motion_score=self.settings.motion_score if self.settings.num_frames > 1 else None)
-        texts, vecs = self.encoders.encode_text([caption, ""], max_tokens=text_tokens)
-        cond = None if first_frame is None else self._condition(first_frame)
-        return Prompt(text=texts[0], vec=vecs[0], null_text=texts[1], null_vec=vecs[1], cond=cond)
-
-    def _condition(self, first_frame: Tensor) -> Tensor:
-        vae = self.encoders.vae
-        (run,) = given_frames("i2v_head", num_frames=self.settings.num_frames, temporal_compression=vae.temporal_compression)
-        condition = condition_latent(self.latent_shape, [(run, vae.encode(first_frame))])
-        return patchify(condition, patch=self.model.patch_size)
+        self.encoders, self.context, self.branches = encoders, context, branches
 
     @torch.no_grad()
-    def sample(self, prompt: Prompt, *, number: int, on_step: Callable[[int], None] | None = None) -> Tensor:
-        """The latent [C, T, H, W] of one clip, the same on every rank; `encoders.vae.decode` makes the clip where it is wanted."""
-        settings, context = self.settings, self.context
-        shape = SampleShape(text_tokens=len(prompt.text), grid=self.grid)
+    def sample(self, prompt: Prompt, size: ClipSize, *, seed: int, on_step: Callable[[int], None] | None = None) -> Tensor:
+        """The scaled latent [C, T, H, W] of one clip in fp32, the same on every rank.
+
+        Args:
+            prompt: what it is made from.
+            size: of the clip.
+            seed: of its noise; the same seed gives the same latent in every layout.
+            on_step: called after each step (progress bar).
+        """
+        context, latent_shape = self.context, size.latent_shape(self.model, self.encoders)
+        _, frames, height, width = latent_shape
+        grid = (frames, height // self.model.patch_size, width // self.model.patch_size)
+        shape = SampleShape(text_tokens=len(prompt.text), grid=grid)
         pack = Pack(
             [shape],
             split=PackSplit(tp=context.topology.tp, cp=context.topology.cp, row_multiple=row_multiple(self.megatron_config)),
@@ -99,32 +124,50 @@ class Sampler:
         pack.prepare(context.context.members)
         places, tokens = pack.video_tokens_of(0)
         channels = self.model.in_channels
-        key = key_of(seed=settings.seed, stream=Stream.SAMPLE, sample=number)
         elements = tokens[:, None] * channels + torch.arange(channels, device=context.device)
         noise = torch.zeros(pack.num_video, channels, device=context.device)
-        noise[places] = normal_at(elements, key=key)
-        frames, height, width = self.latent_shape[1:]
-        shift = shift_of((frames, height, width), points=self.flow.shift_points, temporal=self.flow.temporal_shift)
+        noise[places] = normal_at(elements, key=key_of(seed=seed, stream=Stream.SAMPLE))
         frame = torch.zeros(pack.num_video, dtype=torch.int64, device=context.device)
-        frame[places] = latent_frame_of(tokens, grid=self.grid)
-        latent_share = denoise(
-            self._velocity(prompt, pack),
-            noise,
-            times=sampling_times(settings.steps, shift=shift),
-            g_txt=settings.guidance,
-            g_img=settings.guidance_img,
-            with_image=prompt.cond is not None,
-            oscillation=settings.guidance_oscillation,
+        frame[places] = latent_frame_of(tokens, grid=grid)
+        velocity = GuidedVelocity(
+            velocity=self._velocity(prompt, pack, latent_shape),
+            guidance=None if self.model.guidance_embed else self.guidance(prompt.kind),
+            with_given=bool(prompt.given),
             latent_frame=frame,
-            latent_frames=self.grid[0],
-            on_step=on_step,
+            latent_frames=frames,
         )
+        share = denoise(velocity, noise, times=self.times(latent_shape), on_step=on_step)
         whole = torch.zeros(shape.video_tokens, channels, device=context.device)
-        whole[tokens] = latent_share[places]
+        whole[tokens] = share[places]
         dist.all_reduce(whole, group=self.context.pg_collection.tp_cp)
-        return unpatchify(whole, grid=self.grid, patch=self.model.patch_size)
+        latent = unpatchify(whole, grid=grid, patch=self.model.patch_size)
+        if prompt.kind.startswith("i2v"):  # the published code writes given images back, given clips not (utils/sampling.py, api_fn)
+            for run, known in prompt.given:
+                latent[:, run.latent_start : run.latent_start + run.latent_count] = known.to(latent)
+        return latent
 
-    def _velocity(self, prompt: Prompt, pack: Pack) -> Callable[[Tensor, float, bool, bool], Tensor]:
+    def guidance(self, kind: str) -> Guidance:
+        """Scales for a kind of given frames."""
+        settings = self.settings
+        return Guidance(
+            text=settings.guidance,
+            given=settings.guidance_img,
+            text_oscillation=settings.text_oscillation,
+            given_oscillation=settings.image_oscillation,
+            ramp=settings.image_ramp and kind.startswith("i2v"),
+        )
+
+    def times(self, latent_shape: tuple[int, int, int, int]) -> list[float]:
+        """Times of the Euler steps."""
+        shift = self.settings.flow_shift
+        if shift is None:
+            points, temporal = self.flow.shift_points, self.flow.temporal_shift
+            shift = shift_of(latent_shape[1:], points=points, temporal=temporal, pixels_per_token=self.model.patch_size**2)
+        return sampling_times(self.settings.steps, shift=shift)
+
+    def _velocity(
+        self, prompt: Prompt, pack: Pack, latent_shape: tuple[int, int, int, int]
+    ) -> Callable[[Tensor, float, Sequence[Branch]], list[Tensor]]:
         dtype = self.megatron_config.params_dtype
         places, tokens = pack.video_tokens_of(0)
         text_places, text_tokens = pack.text_tokens_of(0)
@@ -137,22 +180,34 @@ class Sampler:
         texts = {True: text_share(prompt.text), False: text_share(prompt.null_text)}
         vecs = {True: prompt.vec, False: prompt.null_vec}
         without = torch.zeros(pack.num_video, self.model.cond_channels, dtype=dtype, device=pack.device)
-        with_image = without.clone()
-        if prompt.cond is not None:
-            with_image[places] = prompt.cond.to(pack.device, dtype)[tokens]
+        conditions = {False: without, True: without.clone()}
+        if prompt.given:
+            condition = patchify(condition_latent(latent_shape, list(prompt.given)), patch=self.model.patch_size)
+            conditions[True][places] = condition.to(pack.device, dtype)[tokens]
 
-        def velocity(x: Tensor, t: float, text_on: bool, image_on: bool) -> Tensor:
+        def one(x: Tensor, t: float, branch: Branch) -> Tensor:
             inputs = ModelInputs(
                 img=x.to(dtype),
-                txt=texts[text_on],
+                txt=texts[branch.text],
                 t=torch.full((1,), t, device=pack.device),
-                y_vec=vecs[text_on][None].to(pack.device, dtype),
-                cond=(with_image if image_on else without) if self.model.cond_embed else None,
+                y_vec=vecs[branch.text][None].to(pack.device, dtype),
+                cond=conditions[branch.given] if self.model.cond_embed else None,
                 guidance=torch.full((1,), self.settings.guidance, device=pack.device) if self.model.guidance_embed else None,
             )
             return self._evaluate(inputs, pack).to(x.dtype)
 
-        return velocity
+        def velocities(x: Tensor, t: float, branches: Sequence[Branch]) -> list[Tensor]:
+            if self.branches is None:
+                return [one(x, t, branch) for branch in branches]
+            ranks, rank = self.branches.size(), self.branches.rank()
+            own = torch.zeros(-(-len(branches) // ranks), *x.shape, dtype=x.dtype, device=x.device)
+            for number, branch in enumerate(branches[rank::ranks]):
+                own[number] = one(x, t, branch)
+            every = torch.empty(ranks * len(own), *x.shape, dtype=x.dtype, device=x.device)
+            dist.all_gather_into_tensor(every, own, group=self.branches)
+            return [every[number % ranks * len(own) + number // ranks] for number in range(len(branches))]
+
+        return velocities
 
     def _evaluate(self, inputs: ModelInputs, pack: Pack) -> Tensor:
         """One forward through all stages; every stage gets the last one's output, because each keeps its tokens through all steps."""

@@ -143,6 +143,44 @@ def initialize(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingGroups:
+    """Replicas of the model that work on one clip together."""
+
+    branches: dist.ProcessGroup | None
+    """The ranks with this rank's share of the tokens, one of each replica; None when a clip has one replica."""
+    clip: dist.ProcessGroup
+    """All ranks of the clip."""
+    number: int
+    """Which of the clips that are drawn at the same time is this rank's."""
+    count: int
+    """Clips that are drawn at the same time."""
+
+
+def sampling_groups(context: ParallelContext, *, replicas: int, timeout_minutes: float) -> SamplingGroups:
+    """Groups of `replicas` neighbouring replicas each, which share out the branches of guidance; all ranks of the world call it together.
+
+    Raises:
+        UserError: the world's replicas do not divide by `replicas`.
+    """
+    topology, timeout = context.topology, timedelta(minutes=timeout_minutes)
+    if topology.dp % replicas:
+        wanted = replicas * (topology.world_size // topology.dp)
+        raise UserError(
+            f"--sample.guidance_parallel {replicas} needs a multiple of {wanted} ranks (TP x PP x CP x {replicas}), but "
+            f"{topology.world_size} were started; start {wanted}, or use --sample.guidance_parallel 1"
+        )
+    if replicas == 1:
+        return SamplingGroups(branches=None, clip=context.replica, number=context.at.dp, count=topology.dp)
+    clips = [[topology.replica_ranks(first + k) for k in range(replicas)] for first in range(0, topology.dp, replicas)]
+    return SamplingGroups(
+        branches=_new_group_of(context.rank, [list(ranks) for clip in clips for ranks in zip(*clip, strict=True)], timeout=timeout),
+        clip=_new_group_of(context.rank, [sorted(rank for replica in clip for rank in replica) for clip in clips], timeout=timeout),
+        number=context.at.dp // replicas,
+        count=len(clips),
+    )
+
+
 def destroy() -> None:
     """Forget Megatron's groups, so that another layout can be built in this process."""
     parallel_state.destroy_model_parallel()

@@ -32,7 +32,7 @@ from megasora.models.encoders.bundle import Encoders, load_encoders
 from megasora.models.mmdit.initialization import initialize_weights
 from megasora.models.mmdit.sharded_state import model_tensors
 from megasora.models.mmdit.weights import fill_parameters
-from megasora.models.sampler import Sampler
+from megasora.models.sampler import ClipSampler, ClipSize, caption_of_prompt, encode_prompt
 from megasora.parallel import groups
 from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.parallel.groups import ParallelContext
@@ -263,7 +263,7 @@ def _loop(
     manifest: Manifest,
     stop: StopRequest,
 ) -> None:
-    sampler = _sampler(trainee, config=config, encoders=encoders, context=context)
+    sampler = _sampler(trainee, config=config, context=context)
     feeder = Feeder(
         clips,
         config=config,
@@ -294,7 +294,7 @@ def _loop(
                 events.append(_evaluation_event(evaluator, trainee))
             if sampler is not None and sample:
                 feeder.settle()
-                events.append(_sample_event(sampler, config=config, context=context, step=trainee.step, log=log))
+                events.append(_sample_event(sampler, encoders=encoders, config=config, context=context, step=trainee.step, log=log))
             if save:
                 events.append(_save(trainee, root, config=config, context=context, manifest=manifest))
             if result.stop:
@@ -310,34 +310,39 @@ def _loop(
         feeder.close()
 
 
-def _sampler(trainee: Trainee, *, config: RunConfig, encoders: Encoders, context: ParallelContext) -> Sampler | None:
+def _sampler(trainee: Trainee, *, config: RunConfig, context: ParallelContext) -> ClipSampler | None:
     if not config.evaluation.sample_interval_steps:
         return None
-    return Sampler(
+    return ClipSampler(
         trainee.chunks,
         megatron_config=trainee.megatron_config,
         model=config.model,
         sample=config.sample,
         flow=config.flow,
-        encoders=encoders,
+        encoders=config.encoders,
         context=context,
     )
 
 
-def _sample_event(sampler: Sampler, *, config: RunConfig, context: ParallelContext, step: int, log: MetricsLog) -> dict[str, Any]:
+def _sample_event(
+    sampler: ClipSampler, *, encoders: Encoders, config: RunConfig, context: ParallelContext, step: int, log: MetricsLog
+) -> dict[str, Any]:
     """Sample the run's prompts, shared out over the replicas, whose first ranks write the clips; rank 0 shows them in TensorBoard."""
-    folder = Path(str(config.run_dir)) / "samples"
+    folder, settings = Path(str(config.run_dir)) / "samples", config.sample
+    size = ClipSize(num_frames=settings.num_frames, height=settings.height, width=settings.width)
     files = [f"step_{step:08d}_{number:02d}.mp4" for number in range(len(config.evaluation.sample_prompts))]
     leads = context.at.tp == context.at.cp == context.at.pp == 0
     own: dict[int, torch.Tensor] = {}
     for number in range(context.at.dp, len(files), context.topology.dp):
-        prompt = sampler.encode(config.evaluation.sample_prompts[number], first_frame=None, text_tokens=config.data.text_tokens)
-        latent = sampler.sample(prompt, number=number)
+        caption = caption_of_prompt(config.evaluation.sample_prompts[number], settings=settings, num_frames=size.num_frames)
+        prompt = encode_prompt(encoders, caption, text_tokens=config.data.text_tokens)
+        latent = sampler.sample(prompt, size, seed=settings.seed + number)
+        video = encoders.vae.decode(latent, group=context.replica)
         if leads:
-            video = sampler.encoders.vae.decode(latent).float()
+            assert video is not None  # the replica's first rank gets it
             folder.mkdir(exist_ok=True)
-            write_video(folder / files[number], video, fps=config.sample.fps)
-            own[number] = film_strip(video)
+            write_video(folder / files[number], video.float(), fps=settings.fps)
+            own[number] = film_strip(video.float())
     shares: list[dict[int, torch.Tensor]] = [{} for _ in range(context.topology.dp)]
     if leads:
         dist.all_gather_object(shares, own, group=context.pg_collection.dp)

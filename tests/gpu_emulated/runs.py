@@ -9,7 +9,8 @@ from typing import Any
 from megasora import recipes
 from megasora.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 from megasora.inference.forward import run_forward
-from megasora.inference.sample import run_sample
+from megasora.inference.requests import Common
+from megasora.inference.sample import Wanted, run_sample
 from megasora.training.encode.run import run_encode
 from megasora.training.encode.settings import EncodeResult, EncodeSettings
 from megasora.training.run import train
@@ -57,7 +58,9 @@ def train_on_gpu(rank: int, config: RunConfig) -> dict[str, list[Any]]:
 def sample_on_gpu(rank: int, config: RunConfig, weights: Path, output: Path) -> dict[str, list[Any]]:
     """`megasora sample` with the run's settings; what was called in the emulated extension, by kind."""
     CALLS.clear()
-    run_sample(config, weights=weights, prompt=("A test card",), output=output, steps=2)
+    common = Common(kind=None, negative="", resolution=None, aspect=None, num_samples=1)
+    config = replace(config, sample=replace(config.sample, steps=2))
+    run_sample(config, Wanted(prompt=("A test card",), common=common), weights=weights, output=output)
     return _by_kind()
 
 

@@ -6,8 +6,7 @@ not depend on it), and an attention kernel that keeps what Transformer Engine's 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,6 @@ from megatron.core.pipeline_parallel import schedules
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
@@ -30,6 +27,7 @@ from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel import groups
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import AttentionOrder, Pack, PackSplit, SampleShape
+from megasora.perf.allocations import Allocations
 from megasora.training.microbatch import velocity_loss
 
 
@@ -55,36 +53,6 @@ class Bytes:
     """When the first backward pass began: what all forward passes until then keep."""
     peak: int
     """Ever."""
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the storages that operations make, each once, as long as they live; a storage that was emptied counts nothing."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.storages: dict[int, Any] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Run the operation and count what it made."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.known and key not in self.storages:
-            self.storages[key] = weakref.ref(storage, lambda _, key=key: self.storages.pop(key, None))
-
-    @property
-    def live(self) -> int:
-        """Bytes allocated now."""
-        alive = (reference() for reference in list(self.storages.values()))
-        return sum(storage.nbytes() for storage in alive if storage is not None)
 
 
 class _Attention(torch.autograd.Function):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from megatron.core.enums import ModelType
 from torch import Tensor, nn
 
 from megasora import recipes
-from megasora.config.schema import FlowConfig, ModelConfig, ParallelConfig, PrecisionConfig, SampleConfig
+from megasora.config.schema import EncodersConfig, FlowConfig, ModelConfig, ParallelConfig, PrecisionConfig, SampleConfig
+from megasora.diffusion.conditions import given_frames
 from megasora.diffusion.patchify import unpatchify
 from megasora.diffusion.philox import Stream, key_of, normal_at
 from megasora.models.mmdit.megatron_config import transformer_config
 from megasora.models.mmdit.model import ModelInputs
-from megasora.models.sampler import Prompt, Sampler
+from megasora.models.sampler import ClipSampler, ClipSize, Prompt
 from megasora.parallel import groups
 from megasora.parallel.pack import Pack
 from tests.pool import RankPool
@@ -45,33 +44,36 @@ class Telling(nn.Module):
 
 
 def sampled(rank: int, steps: int, numbers: tuple[int, ...], image: bool) -> tuple[list[Tensor], list[float]]:
-    """(latents, times asked for); the prompt is told as 4 + 16 x 2, the empty one as 1 + 16 x 1, the image as 256."""
+    """(latents, times asked for); the prompt is told as 4 + 16 x 2, the empty one as 1 + 16 x 1, the image as 128."""
     context = groups.initialize(ParallelConfig(), device=torch.device("cpu"), num_attention_heads=MODEL.num_attention_heads, seed=0)
     config = transformer_config(MODEL, ParallelConfig(), PrecisionConfig(dtype="fp32"), device=torch.device("cpu"), provider="local")
     stage = Telling(config)
-    vae = SimpleNamespace(temporal_compression=4, spatial_compression=8, latent_channels=MODEL.latent_channels)
-    sampler = Sampler(
+    sampler = ClipSampler(
         [stage],
         megatron_config=config,
         model=MODEL,
         sample=SampleConfig(**{**vars(SETTINGS), "steps": steps}),
         flow=FlowConfig(),
-        encoders=SimpleNamespace(vae=vae),  # type: ignore[arg-type]
+        encoders=EncodersConfig(),
         context=context,
     )
+    (run,) = given_frames("i2v_head", num_frames=5)
+    given = ((run, torch.ones(MODEL.latent_channels, 1, 8, 8)),) if image else ()  # half of the tokens' condition is 1, half 0
     prompt = Prompt(
         text=torch.full((16, MODEL.text_dim), 4.0),
         vec=torch.full((MODEL.vec_dim,), 2.0),
         null_text=torch.full((16, MODEL.text_dim), 1.0),
         null_vec=torch.full((MODEL.vec_dim,), 1.0),
-        cond=torch.ones(32, MODEL.cond_channels) if image else None,
+        kind="i2v_head" if image else "t2v",
+        given=given,
     )
-    return [sampler.sample(prompt, number=number) for number in numbers], stage.times
+    size = ClipSize(num_frames=5, height=64, width=64)
+    return [sampler.sample(prompt, size, seed=number) for number in numbers], stage.times
 
 
 def noise(number: int) -> Tensor:
     """[C, 2, 8, 8], element token x 64 + channel of the clip's own draw."""
-    key = key_of(seed=9, stream=Stream.SAMPLE, sample=number)
+    key = key_of(seed=number, stream=Stream.SAMPLE)
     return unpatchify(normal_at(torch.arange(32 * 64), key=key).view(32, 64), grid=(2, 4, 4), patch=2)
 
 
@@ -84,9 +86,9 @@ def test_without_an_image_text_and_vector_are_guided_and_every_clip_has_its_own_
 
 def test_with_an_image_the_condition_is_guided_over_the_latent_frames(pool: RankPool) -> None:
     (((latent,), _),) = pool.run(1, sampled, 1, (0,), True)
-    # v = 17 + g_img (273 - 17) + 2 (292 - 273), g_img 1 on the first latent frame and 3 on the last
-    torch.testing.assert_close(latent[:, 0], noise(0)[:, 0] - (17 + 256 + 38))
-    torch.testing.assert_close(latent[:, 1], noise(0)[:, 1] - (17 + 3 * 256 + 38))
+    # v = 17 + g_img (145 - 17) + 2 (164 - 145), g_img 3 on the last latent frame; the given one is written back
+    assert torch.equal(latent[:, 0], torch.ones(MODEL.latent_channels, 8, 8))
+    torch.testing.assert_close(latent[:, 1], noise(0)[:, 1] - (17 + 3 * 128 + 38))
 
 
 def test_times_fall_from_one_and_are_shifted_by_the_latents_size(pool: RankPool) -> None:

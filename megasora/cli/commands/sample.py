@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from megasora.cli.endings import Answer, lines, rank
 from megasora.cli.recipe_arguments import RecipeArgs, config_defaults
+from megasora.config.errors import UserError
+
+if TYPE_CHECKING:
+    from megasora.inference.sample import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(RecipeArgs):
-    """Text (and a first frame) to mp4, on one rank or in any layout; the seed gives the same clip in all."""
+    """Text, pictures and clips to mp4, on one rank or in any layout; the seed gives the same clip in all.
+
+    A clip that is there already is kept, so the same command goes on with an interrupted table. With --t2i_weights the first frame of every
+    text-to-video clip is drawn by FLUX.1-dev, which gives the best clips.
+    """
 
     weights: Path
     """Weights of any format, or a training checkpoint."""
-    prompt: tuple[str, ...]
-    """One or more prompts."""
     output: Path
-    """Folder of the clips."""
+    """Folder of the clips; a .json beside each says how it was made."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts."""
+    table: Path | None = None
+    """csv, parquet, json or jsonl with a clip per row; columns prompt, negative, image, end_image, video, kind, seed, resolution, aspect,
+    height, width, num_frames, name (or Open-Sora's text, neg, ref)."""
+    again: Path | None = None
+    """The .json beside a clip: make that clip again."""
     image: Path | None = None
-    """First frame (i2v_head)."""
+    """First frame (i2v_head; with --end_image i2v_loop)."""
+    end_image: Path | None = None
+    """Last frame (i2v_tail)."""
+    video: Path | None = None
+    """Clip to go on from (v2v_head: its first 33 frames are given)."""
+    kind: Literal["t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"] | None = None
+    """What the given frames are; None takes what the files mean. v2v_tail gives the last 33 frames, _easy 65."""
+    negative: str = ""
+    """What the clip should not look like."""
+    num_samples: int = 1
+    """Clips per prompt, with seeds that follow one another."""
     select: Literal["model", "ema"] = "model"
     """Which weights of a training checkpoint."""
+    resolution: str | None = None
+    """Size by name, with --aspect: 256px, 768px, 720p."""
+    aspect: str | None = None
+    """Aspect ratio, width:height: 16:9, 1:1, 9:16, 2.39:1, ..."""
     height: int | None = None
     """Pixels; None takes --sample.height. So with the next five."""
     width: int | None = None
@@ -35,7 +63,19 @@ class Args(RecipeArgs):
     steps: int | None = None
     """Euler steps."""
     seed: int | None = None
-    """Seed of the noise."""
+    """Seed of the first clip's noise; the next ones take the next."""
+    t2i_weights: Path | None = None
+    """FLUX.1-dev, to draw first frames."""
+    t2i_vae: Path | None = None
+    """FLUX's 2D autoencoder: ae.safetensors, or a diffusers folder."""
+    t2i_resolution: str = "768px"
+    """Resolution at which first frames are drawn."""
+    offload: Literal["none", "encoders", "model"] = "none"
+    """What waits in host memory while it is not needed: encoders (text encoders are dropped, the autoencoder waits); model (that too)."""
+    save_latents: bool = False
+    """Also write each clip's latent as .safetensors."""
+    json: bool = False
+    """Print the files as JSON."""
 
 
 def defaults(words: Sequence[str]) -> Mapping[str, Any]:
@@ -43,9 +83,54 @@ def defaults(words: Sequence[str]) -> Mapping[str, Any]:
     return config_defaults(words, command="sample")
 
 
-def run(args: Args) -> None:
-    """Write one clip per prompt."""
-    from megasora.inference.sample import run_sample
+def run(args: Args) -> Answer | None:
+    """Write the clips; exit code 1 when a row of the table could not be drawn."""
+    from megasora.inference.first_frames import FirstFrames
+    from megasora.inference.requests import Common
+    from megasora.inference.sample import Wanted, run_sample
 
-    given = {name: value for name, value in vars(args).items() if name not in ("source", "config")}
-    run_sample(args.config, **given)
+    if (args.t2i_weights is None) != (args.t2i_vae is None):
+        raise UserError("first frames need both --t2i_weights and --t2i_vae")
+    names = ("height", "width", "num_frames", "fps", "steps", "seed")
+    chosen = {name: value for name in names if (value := getattr(args, name)) is not None}
+    first_frames = None
+    if args.t2i_weights is not None and args.t2i_vae is not None:
+        first_frames = FirstFrames(weights=args.t2i_weights, vae=args.t2i_vae, resolution=args.t2i_resolution)
+    common = Common(kind=args.kind, negative=args.negative, resolution=args.resolution, aspect=args.aspect, num_samples=args.num_samples)
+    outcome = run_sample(
+        replace(args.config, sample=replace(args.config.sample, **chosen)),
+        Wanted(
+            prompt=args.prompt,
+            table=args.table,
+            again=args.again,
+            image=args.image,
+            end_image=args.end_image,
+            video=args.video,
+            common=common,
+        ),
+        weights=args.weights,
+        output=args.output,
+        select=args.select,
+        offload=args.offload,
+        first_frames=first_frames,
+        save_latents=args.save_latents,
+    )
+    return _answer(outcome) if rank() == 0 else None
+
+
+def _answer(outcome: Outcome) -> Answer:
+    data = {
+        "made": [str(path) for path in outcome.made],
+        "kept": [str(path) for path in outcome.kept],
+        "failed": [{"row": one.row, "reason": one.reason} for one in outcome.failed],
+    }
+    return Answer(data=data, show=lines(_words(outcome)), exit_code=1 if outcome.failed else 0)
+
+
+def _words(outcome: Outcome) -> Iterator[str]:
+    yield from map(str, outcome.made)
+    if outcome.kept:
+        yield f"{len(outcome.kept)} clip(s) were there already: {outcome.kept[0]}{', ...' if len(outcome.kept) > 1 else ''}"
+    if outcome.failed:
+        yield f"{len(outcome.failed)} clip(s) could not be drawn:"
+        yield from (f"  row {one.row}: {one.reason}" for one in outcome.failed)

@@ -40,8 +40,36 @@ def run(args: Args) -> Answer:
     if found and not args.json:
         raise UserError("\n  ".join([f"{len(found)} problem(s)", *map(str, found)]))
     estimate = None if found else memory_estimate(args.config, world_size=args.gpus)
-    data = {"problems": [to_dict(problem) for problem in found], "memory": None if estimate is None else _memory_data(estimate)}
-    return Answer(data=data, show=lambda: _show(args.config, args.gpus, estimate), exit_code=2 if found else 0)
+    autoencoder = None if found else _autoencoder(args.config)
+    data = {
+        "problems": [to_dict(problem) for problem in found],
+        "memory": None if estimate is None else _memory_data(estimate),
+        "autoencoder": autoencoder,
+    }
+    return Answer(data=data, show=lambda: _show(args.config, args.gpus, estimate, autoencoder), exit_code=2 if found else 0)
+
+
+def _autoencoder(config: RunConfig) -> dict[str, Any] | None:
+    """Bytes of the autoencoder for the run's largest clip, which is encoded in training (beside a cache it is not), and its sample clips.
+
+    None where the run has no video class, or an autoencoder that this version does not build.
+    """
+    from megasora.models.encoders.memory import autoencoder_memory
+
+    if config.encoders.spatial_compression != 8 or config.model.latent_channels != 16:
+        return None
+    sample, frames = config.sample, max(config.data.frame_counts)
+    sides = [
+        int(name.removesuffix("px")) for name, _ in config.data.resolution_mix or ((config.data.resolution, 1.0),) if name.endswith("px")
+    ]
+    given = autoencoder_memory(config.encoders, num_frames=sample.num_frames, height=sample.height, width=sample.width)
+    result: dict[str, Any] = {"weights": given.weights}
+    if sides:
+        largest = max(sides)
+        clip = autoencoder_memory(config.encoders, num_frames=frames, height=largest, width=largest)
+        result["encode"] = {"frames": frames, "height": largest, "width": largest, "bytes": clip.encode}
+    result["decode"] = {"frames": sample.num_frames, "height": sample.height, "width": sample.width, "bytes": given.decode}
+    return result
 
 
 def _memory_data(estimate: MemoryEstimate) -> dict[str, Any]:
@@ -50,7 +78,7 @@ def _memory_data(estimate: MemoryEstimate) -> dict[str, Any]:
     return {"parts": {name: round(size) for name, size in estimate.parts().items()}, "total": round(estimate.total), **place}
 
 
-def _show(config: RunConfig, gpus: int, estimate: MemoryEstimate | None) -> None:
+def _show(config: RunConfig, gpus: int, estimate: MemoryEstimate | None, autoencoder: dict[str, Any] | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -72,4 +100,12 @@ def _show(config: RunConfig, gpus: int, estimate: MemoryEstimate | None) -> None
         for name, size in estimate.parts().items():
             if size:
                 table.add_row(f"  {name.replace('_', ' ').replace('fp8', 'FP8')}", f"{size / 1e9:.1f} GB")
+    if autoencoder is not None:
+        table.add_section()
+        table.add_row("autoencoder beside it: weights", f"{autoencoder['weights'] / 1e9:.1f} GB")
+        for what in ("encode", "decode"):
+            if what in autoencoder:
+                clip = autoencoder[what]
+                pixels = f"{clip['frames']} x {clip['height']} x {clip['width']}"
+                table.add_row(f"  to {what} {pixels} at most", f"{clip['bytes'] / 1e9:.1f} GB")
     Console().print(table)

@@ -19,7 +19,8 @@ from megasora.data.cache.layout import CacheLayout, Latents, Store, layout_for
 from megasora.data.cache.shards import write_whole
 
 FILE, NULL_FILE = "cache.json", "null.safetensors"
-FORMAT = "megasora-cache-1"
+FORMAT = "megasora-cache-2"
+"""2: clips go through the autoencoder whole in time; before, diffusers' class cut them into 17-frame tiles."""
 PARTS = ("vae", "t5", "clip")
 """Encoders, by their setting."""
 
@@ -66,6 +67,9 @@ class CacheSettings:
     text_tokens: int
     temporal_compression: int
     spatial_compression: int
+    tile_size: int
+    """Of the autoencoder's tiles, in pixels; 0: pictures were not cut."""
+    tile_overlap: float
     patch_size: int
     latent_channels: int
     text_dim: int
@@ -128,6 +132,8 @@ def settings_of(
         text_tokens=data.text_tokens,
         temporal_compression=encoders.temporal_compression,
         spatial_compression=encoders.spatial_compression,
+        tile_size=encoders.tile_size,
+        tile_overlap=encoders.tile_overlap,
         patch_size=model.patch_size,
         latent_channels=model.latent_channels,
         text_dim=model.text_dim,

@@ -144,6 +144,20 @@ def video_facts(path: str, *, timeout_s: float = DECODE_TIMEOUT_S) -> VideoFacts
         raise DecodeError(f"{path}: {error}") from error
 
 
+def frame_count(path: str, *, timeout_s: float = DECODE_TIMEOUT_S) -> int:
+    """Frames of a file's video stream: as its header says, or its packets where that says nothing.
+
+    Raises:
+        DecodeError: it cannot be read, or has no video.
+    """
+    try:
+        with av.open(path, timeout=timeout_s) as container:
+            stream = _video_stream(container, path)
+            return int(stream.frames) or sum(packet.size > 0 for packet in container.demux(stream))
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise DecodeError(f"{path}: {error}") from error
+
+
 def _video_stream(container: av.container.InputContainer, path: str) -> av.VideoStream:
     if not container.streams.video:
         raise DecodeError(f"{path}: no video stream")

@@ -1,4 +1,4 @@
-"""Writes a clip as H.264 mp4; the file appears under its name only when complete."""
+"""Writes a clip as H.264 mp4 and a picture as PNG; the file appears under its name only when complete."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def write_video(path: Path, video: Tensor, *, fps: float, codec: str = "libx264"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_picture(path: Path, picture: Tensor) -> None:
+    """Write [3, H, W] in [-1, 1] as a PNG."""
+    from PIL import Image
+
+    pixels = picture.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    with written_whole(path) as temporary:
+        Image.fromarray(pixels, "RGB").save(temporary, format="PNG")

@@ -11,6 +11,7 @@ from torch import Tensor
 from megasora.config.errors import UserError
 from megasora.config.schema import EncodersConfig, ModelConfig
 from megasora.models.encoders.text import ClipTextEncoder, T5TextEncoder
+from megasora.models.encoders.tiling import Tiling
 from megasora.models.encoders.vae import HunyuanVAE
 
 PARTS = ("vae", "t5", "clip")
@@ -54,7 +55,7 @@ def load_encoders(config: EncodersConfig, *, model: ModelConfig, device: torch.d
         raise UserError(f"no folder given for {', '.join(f'--encoders.{name}' for name in missing)}")
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     be_quiet()
-    vae = HunyuanVAE.from_folder(str(config.vae), device=device, dtype=dtype) if "vae" in parts else None
+    vae = HunyuanVAE.from_folder(str(config.vae), device=device, dtype=dtype, tiling=Tiling.of(config)) if "vae" in parts else None
     t5 = T5TextEncoder.from_folder(str(config.t5), device=device, dtype=dtype) if "t5" in parts else None
     clip = ClipTextEncoder.from_folder(str(config.clip), device=device, dtype=dtype) if "clip" in parts else None
     sizes: list[tuple[str, int, int]] = []

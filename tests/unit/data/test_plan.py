@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megasora.data.buckets import choose_frames, choose_size, stride_to, token_grid
 from megasora.data.plan import SamplerState, assign_packs, next_step, sample_cost
-from megasora.diffusion.captions import inference_caption, training_caption
+from megasora.diffusion.captions import training_caption
 
 TOKENS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
@@ -53,4 +53,3 @@ def test_sizes_frames_and_strides() -> None:
 def test_captions_carry_what_is_known() -> None:
     assert training_caption("A cat", fps=12.0, motion_score=3.6) == "A cat 12 FPS, 4 motion score."
     assert training_caption("A cat", fps=None, motion_score=None) == "A cat"
-    assert inference_caption("A cat", motion_score=4.0) == "A cat 4 motion score."

@@ -9,7 +9,7 @@ import torch
 
 from megasora.diffusion.conditions import condition_latent, draw_kind, given_frames, possible_kinds
 from megasora.diffusion.flow import interpolate, sampling_times, shift_of, shift_time, training_time, velocity_target
-from megasora.diffusion.guidance import combine, denoise, image_scale, oscillating
+from megasora.diffusion.guidance import Guidance, GuidedVelocity, denoise
 from megasora.diffusion.patchify import patchify, unpatchify
 from megasora.diffusion.philox import _CHUNK, Stream, key_of, normal_at, philox4x32, uniform_at
 
@@ -121,27 +121,16 @@ def test_condition_marks_given_frames_only() -> None:
     assert condition[:, :, 0, 0].tolist() == [[0, 0, 1], [0, 0, 7], [0, 0, 7]]
 
 
-def test_guidance_follows_the_formula() -> None:
-    one, two, four = (torch.tensor([value]) for value in (1.0, 2.0, 4.0))
-    assert combine(one, two, four, g_txt=7.5, g_img=3.0).item() == 1 + 3 * 1 + 7.5 * 2
-    assert [oscillating(7.5, step=step, on=True) for step in (9, 10, 11)] == [7.5, 7.5, 1.0]
-    scales = image_scale(3.0, step=0, steps=50, latent_frame=torch.tensor([0, 4]), latent_frames=5)
-    assert scales.tolist() == [1.0, 3.0]
-    assert image_scale(3.0, step=49, steps=50, latent_frame=torch.tensor([4]), latent_frames=5).item() == 1.0
-
-
 def test_euler_is_exact_on_a_straight_path() -> None:
     x_0, x_1 = torch.tensor([[3.0]]), torch.tensor([[-1.0]])
-    result = denoise(
-        lambda x, t, text, image: x_1 - x_0,
-        x_1,
-        times=sampling_times(7, shift=5.0),
-        g_txt=7.5,
-        g_img=3.0,
-        with_image=False,
-        oscillation=True,
+    guidance = Guidance(text=7.5, given=3.0, text_oscillation=True, given_oscillation=True, ramp=True)
+    straight = GuidedVelocity(
+        velocity=lambda x, t, branches: [x_1 - x_0] * len(branches),
+        guidance=guidance,
+        with_given=False,
         latent_frame=torch.zeros(1, dtype=torch.int64),
         latent_frames=1,
     )
+    result = denoise(straight, x_1, times=sampling_times(7, shift=5.0))
     assert result.item() == pytest.approx(3.0, abs=1e-5)
     assert not math.isnan(result.item())

@@ -1,0 +1,180 @@
+"""Weights and groups that draw clips; the model is loaded when it is needed first and moved away where memory asks for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megasora.checkpoint.source import Select, WeightSource, open_source
+from megasora.config.schema import ModelConfig, RunConfig
+from megasora.config.validate import raise_on_problems
+from megasora.inference.given import encode_given
+from megasora.inference.requests import ClipRequest, check_model
+from megasora.inference.shelf import EncoderShelf, release
+from megasora.models.mmdit.build import build_chunks
+from megasora.models.mmdit.weights import fill_parameters
+from megasora.models.sampler import ClipSampler, Prompt, caption_of_prompt
+from megasora.parallel import groups
+from megasora.parallel.groups import ParallelContext, SamplingGroups
+
+Offload = Literal["none", "encoders", "model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This rank's place in a job that draws clips."""
+
+    config: RunConfig
+    context: ParallelContext
+    groups: SamplingGroups
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank gets its clips' pixels and writes them."""
+        return self.groups.clip.rank() == 0
+
+
+def start(config: RunConfig) -> World:
+    """Start the ranks and their groups.
+
+    Raises:
+        UserError: the settings, or the number of ranks, cannot work.
+    """
+    device = groups.choose_device(config.device)
+    groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
+    config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
+    raise_on_problems(config, world_size=dist.get_world_size(), check_memory=False)  # of training: gradients, optimizer
+    context = groups.initialize(config.parallel, device=device, num_attention_heads=config.model.num_attention_heads, seed=0)
+    replicas = config.sample.guidance_parallel
+    shared = groups.sampling_groups(context, replicas=replicas, timeout_minutes=config.parallel.timeout_minutes)
+    return World(config=config, context=context, groups=shared)
+
+
+class Session:
+    """One set of weights.
+
+    Args:
+        world: of `start`.
+        weights: of any format.
+        shelf: the encoders.
+        select: which weights of a training checkpoint.
+        offload: encoders: the text encoders are dropped before the model is loaded, and the autoencoder waits in host memory while the
+            model works; model: the model also waits there while the autoencoder works.
+    """
+
+    def __init__(
+        self, world: World, *, weights: Path, shelf: EncoderShelf | None = None, select: Select = "model", offload: Offload = "none"
+    ) -> None:
+        self.world, self.config, self.offload, self.device = world, world.config, offload, world.context.device
+        self.source: WeightSource = open_source(weights, axes_dim=self.config.model.axes_dim, select=select)
+        found = self.source.model
+        self.model: ModelConfig = replace(self.config.model, cond_embed=found.cond_embed, guidance_embed=found.guidance_embed)
+        self.source.fits(self.model)
+        self.shelf = shelf or EncoderShelf(self.config, model=self.model, device=self.device)
+        self._sampler: ClipSampler | None = None
+
+    def check(self, request: ClipRequest) -> None:
+        """Refuse what these weights cannot draw.
+
+        Raises:
+            UserError: the request gives frames to a model that takes none.
+        """
+        check_model(request, self.model)
+
+    def caption(self, request: ClipRequest) -> str:
+        """The request's prompt as the text encoders get it; a guidance-distilled model (FLUX) gets it as it is."""
+        if self.model.guidance_embed:
+            return request.prompt
+        return caption_of_prompt(request.prompt, settings=self.config.sample, num_frames=request.size.num_frames)
+
+    def prompt(self, request: ClipRequest) -> Prompt:
+        """Everything of a request, encoded, in host memory.
+
+        Raises:
+            UserError: a given picture or clip cannot be decoded.
+        """
+        text, vec = self.shelf.text(self.caption(request))
+        null_text, null_vec = self.shelf.text(request.negative)
+        given = encode_given(request, self.shelf.vae) if request.kind != "t2v" else ()
+        return Prompt(text=text, vec=vec, null_text=null_text, null_vec=null_vec, kind=request.kind, given=given)
+
+    def draw(self, request: ClipRequest, prompt: Prompt, *, on_step: Callable[[int], None] | None = None) -> tuple[Tensor, Drawn]:
+        """The scaled latent [C, T, H, W] of a clip, the same on every rank of the clip, and what it took."""
+        if self.offload != "none":
+            self.shelf.put_autoencoder_away()
+        sampler = self.sampler
+        for chunk in sampler.chunks:
+            chunk.to(self.device)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        started = time.perf_counter()
+        latent = sampler.sample(prompt, request.size, seed=request.seed, on_step=on_step)
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        branches = 1 if self.model.guidance_embed else 3 if prompt.given else 2
+        drawn = Drawn(
+            steps=self.config.sample.steps,
+            evaluations=branches * self.config.sample.steps,
+            seconds=time.perf_counter() - started,
+            peak_bytes=torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
+        )
+        return latent, drawn
+
+    def make_room(self) -> None:
+        """Let the autoencoder work: with offload=model the model goes to host memory."""
+        if self.offload == "model" and self._sampler is not None:
+            for chunk in self._sampler.chunks:
+                chunk.to("cpu")
+            release(self.device)
+
+    def decode(self, latent: Tensor) -> Tensor | None:
+        """The clip [3, T, H, W] in [-1, 1] of a scaled latent on the clip's first rank, None on its others; all of them call it."""
+        self.make_room()
+        video = self.shelf.vae.decode(latent, group=self.world.groups.clip)
+        return None if video is None else video.float()
+
+    @property
+    def sampler(self) -> ClipSampler:
+        """The model of this rank, loaded when first asked for."""
+        if self._sampler is None:
+            if self.offload != "none":
+                self.shelf.drop_text_encoders()
+            config, context = self.config, self.world.context
+            chunks, megatron_config = build_chunks(self.model, config.parallel, config.precision, context=context)
+            fill_parameters(chunks, self.source.read, known=self.source.shapes, model=self.model, context=context)
+            self._sampler = ClipSampler(
+                chunks,
+                megatron_config=megatron_config,
+                model=self.model,
+                sample=config.sample,
+                flow=config.flow,
+                encoders=config.encoders,
+                context=context,
+                branches=self.world.groups.branches,
+            )
+        return self._sampler
+
+    def close(self) -> None:
+        """Free the model, so that another session can load its own."""
+        self._sampler = None
+        release(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What a clip took."""
+
+    steps: int
+    evaluations: int
+    """Evaluations of the model for one token, over all ranks that share out the branches."""
+    seconds: float
+    peak_bytes: int | None
+    """Of this rank's GPU while the model worked; None on the CPU."""
