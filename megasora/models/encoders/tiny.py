@@ -49,7 +49,7 @@ def make_tiny_encoders(folder: Path, *, captions: Sequence[str], model: ModelCon
 def _make_vae(folder: Path, *, latent_channels: int) -> None:
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=latent_channels,
-        block_out_channels=(8, 8, 16, 16),
+        block_out_channels=(4, 4, 8, 8),
         layers_per_block=1,
         norm_num_groups=4,
         scaling_factor=1.0,
