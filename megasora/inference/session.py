@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasora.checkpoint.source import Select, WeightSource, open_source
-from megasora.config.schema import ModelConfig, RunConfig
+from megasora.config.errors import UserError
+from megasora.config.schema import ModelConfig, RunConfig, SampleConfig
 from megasora.config.validate import raise_on_problems
 from megasora.inference.given import encode_given
 from megasora.inference.requests import ClipRequest, check_model
@@ -45,8 +47,10 @@ def start(config: RunConfig) -> World:
     """Start the ranks and their groups.
 
     Raises:
-        UserError: the settings, or the number of ranks, cannot work.
+        UserError: the settings, or the number of ranks, cannot work, or this process has groups already.
     """
+    if groups.initialized():
+        raise UserError("this process has its groups already: share them with Sampler.load(..., beside=the first sampler)")
     device = groups.choose_device(config.device)
     groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
     config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
@@ -78,7 +82,13 @@ class Session:
         self.model: ModelConfig = replace(self.config.model, cond_embed=found.cond_embed, guidance_embed=found.guidance_embed)
         self.source.fits(self.model)
         self.shelf = shelf or EncoderShelf(self.config, model=self.model, device=self.device)
-        self._sampler: ClipSampler | None = None
+        self._samplers: list[ClipSampler] = []  # the one of these weights, once it is loaded
+
+    def using(self, sample: SampleConfig) -> Session:
+        """The same weights and encoders with other settings of sampling; guidance_parallel stays what the ranks were started for."""
+        other = copy.copy(self)  # with the same shelf and the same list of samplers
+        other.config = replace(self.config, sample=replace(sample, guidance_parallel=self.config.sample.guidance_parallel))
+        return other
 
     def check(self, request: ClipRequest) -> None:
         """Refuse what these weights cannot draw.
@@ -130,8 +140,8 @@ class Session:
 
     def make_room(self) -> None:
         """Let the autoencoder work: with offload=model the model goes to host memory."""
-        if self.offload == "model" and self._sampler is not None:
-            for chunk in self._sampler.chunks:
+        if self.offload == "model" and self._samplers:
+            for chunk in self._samplers[0].chunks:
                 chunk.to("cpu")
             release(self.device)
 
@@ -143,28 +153,32 @@ class Session:
 
     @property
     def sampler(self) -> ClipSampler:
-        """The model of this rank, loaded when first asked for."""
-        if self._sampler is None:
+        """The model of this rank, loaded when first asked for, with this session's settings."""
+        if not self._samplers:
             if self.offload != "none":
                 self.shelf.drop_text_encoders()
             config, context = self.config, self.world.context
             chunks, megatron_config = build_chunks(self.model, config.parallel, config.precision, context=context)
             fill_parameters(chunks, self.source.read, known=self.source.shapes, model=self.model, context=context)
-            self._sampler = ClipSampler(
-                chunks,
-                megatron_config=megatron_config,
-                model=self.model,
-                sample=config.sample,
-                flow=config.flow,
-                encoders=config.encoders,
-                context=context,
-                branches=self.world.groups.branches,
+            self._samplers.append(
+                ClipSampler(
+                    chunks,
+                    megatron_config=megatron_config,
+                    model=self.model,
+                    sample=config.sample,
+                    flow=config.flow,
+                    encoders=config.encoders,
+                    context=context,
+                    branches=self.world.groups.branches,
+                )
             )
-        return self._sampler
+        sampler = copy.copy(self._samplers[0])
+        sampler.settings = self.config.sample
+        return sampler
 
     def close(self) -> None:
         """Free the model, so that another session can load its own."""
-        self._sampler = None
+        self._samplers.clear()
         release(self.device)
 
 

@@ -181,6 +181,11 @@ def sampling_groups(context: ParallelContext, *, replicas: int, timeout_minutes:
     )
 
 
+def initialized() -> bool:
+    """Whether this process has Megatron's groups."""
+    return bool(parallel_state.model_parallel_is_initialized())
+
+
 def destroy() -> None:
     """Forget Megatron's groups, so that another layout can be built in this process."""
     parallel_state.destroy_model_parallel()

@@ -1,12 +1,13 @@
 """Held-out loss: fixed clips, noise and times, so that two checkpoints differ only by their weights.
 
 Every clip is encoded as training encodes it (a sample of the posterior comes from a fixed draw) and measured at the middle of each of B
-equal bins of t with its own fixed noise; clips are dealt out over the replicas.
+equal bins of t with its own fixed noise; clips are dealt out over the replicas. Beside the loss without given frames stand those of every
+kind of given frames that the run trains, each over the clips that are long enough for it, with the same noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import RunConfig
 from megasora.data.decoding.contract import Decoder
 from megasora.data.plan import PlannedClip
+from megasora.diffusion.conditions import GivenFrames, condition_latent, given_frames, possible_kinds
 from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of
 from megasora.models.encoders.bundle import Encoders
@@ -42,6 +44,27 @@ class HeldOut:
     tokens: torch.Tensor
     text: torch.Tensor
     vec: torch.Tensor
+    shape: tuple[int, int, int, int]
+    """(C, T, H, W) of its latent."""
+    given: Mapping[str, tuple[tuple[GivenFrames, torch.Tensor], ...]]
+    """Kind of given frames -> runs and their scaled latents, for the kinds it is long enough for; t2v gives none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutLoss:
+    """Mean losses, the same on every rank."""
+
+    by_t: dict[str, float]
+    """Without given frames, by the middle of the time bin."""
+    by_kind: dict[str, float]
+    """Over all bins, by kind of given frames; t2v is the mean of by_t."""
+    by_resolution: dict[str, float]
+    """Without given frames, over all bins, by resolution class."""
+
+    @property
+    def mean(self) -> float:
+        """Without given frames, over all bins."""
+        return sum(self.by_t.values()) / len(self.by_t)
 
 
 class Evaluator:
@@ -79,47 +102,82 @@ class Evaluator:
             source.close()
 
     def _encoded(self, clip: PlannedClip, material: Material, *, scaling_factor: float) -> HeldOut:
-        number = len(self.held_out)
-        (latent,) = scaled_latents(
+        number, encoders = len(self.held_out), self.config.encoders
+        weights = {**vars(self.config.condition), "t2v": 1.0} if self.config.model.cond_embed else {"t2v": 1.0}
+        kinds = possible_kinds(weights, num_frames=clip.num_frames)
+        runs = {kind: given_frames(kind, num_frames=clip.num_frames, temporal_compression=encoders.temporal_compression) for kind in kinds}
+        every = list(dict.fromkeys(run for kind in kinds for run in runs[kind]))  # several kinds give the same frame
+        latent, *alone = scaled_latents(
             material.latents,
-            posterior=self.config.encoders.posterior,
+            every,
+            posterior=encoders.posterior,
             key=key_of(seed=EVAL_SEED, stream=Stream.VAE, sample=number),
             scaling_factor=scaling_factor,
         )
-        tokens = patchify(latent, patch=self.config.model.patch_size)
-        return HeldOut(clip=clip, number=number, tokens=tokens, text=material.text, vec=material.vec)
+        known = dict(zip(every, alone, strict=True))
+        channels, frames, height, width = latent.shape
+        return HeldOut(
+            clip=clip,
+            number=number,
+            tokens=patchify(latent, patch=self.config.model.patch_size),
+            text=material.text,
+            vec=material.vec,
+            shape=(channels, frames, height, width),
+            given={kind: tuple((run, known[run]) for run in runs[kind]) for kind in kinds},
+        )
 
-    def measure(self, chunks: Sequence[nn.Module], megatron_config: TransformerConfig) -> dict[str, float]:
-        """Mean loss by time bin (keys are the bins' middles), the same on every rank; all ranks call it together."""
+    def measure(self, chunks: Sequence[nn.Module], megatron_config: TransformerConfig) -> HeldOutLoss:
+        """Mean losses; all ranks call it together."""
         bins = self.config.evaluation.num_timestep_bins
-        topology, at = self.context.topology, self.context.at
-        result: dict[str, float] = {}
-        for number in range(bins):
-            t = (number + 0.5) / bins
-            own = self.held_out[at.dp :: topology.dp]
-            count = -(-len(self.held_out) // topology.dp)
-            group = topology.pp if topology.vp else 1
-            count = -(-count // group) * group
-            batches = [self._microbatch(own[m] if m < len(own) else None, t=t) for m in range(count)]
-            with torch.no_grad():
-                reports = run_schedule(
-                    chunks,
-                    batches,
-                    config=megatron_config,
-                    context=self.context,
-                    loss_function=lambda output, batch: velocity_loss(output, batch, context_rank=at.cp),
-                    forward_only=True,
-                )
-            total = torch.stack(reports).sum().double() if reports else torch.zeros((), dtype=torch.float64, device=self.context.device)
-            dist.all_reduce(total)
-            result[f"{t:.2f}"] = float(total) / len(self.held_out)
-        return result
+        kinds = list(dict.fromkeys(kind for held_out in self.held_out for kind in held_out.given))
+        losses = torch.zeros(len(kinds), bins, len(self.held_out), dtype=torch.float64, device=self.context.device)
+        for row, kind in enumerate(kinds):
+            fitting = [held_out for held_out in self.held_out if kind in held_out.given]
+            for column in range(bins):
+                self._measure(fitting, losses[row, column], kind=kind, t=(column + 0.5) / bins, chunks=chunks, config=megatron_config)
+        dist.all_reduce(losses)  # a clip's loss is the sum over the ranks that hold its tokens
+        by_kind = {}
+        for row, kind in enumerate(kinds):
+            numbers = [held_out.number for held_out in self.held_out if kind in held_out.given]
+            by_kind[kind] = float(losses[row][:, numbers].mean())
+        plain = losses[kinds.index("t2v")]
+        classes = {
+            name: [h.number for h in self.held_out if h.clip.resolution == name] for h in self.held_out for name in [h.clip.resolution]
+        }
+        return HeldOutLoss(
+            by_t={f"{(column + 0.5) / bins:.2f}": float(plain[column].mean()) for column in range(bins)},
+            by_kind=by_kind,
+            by_resolution={name: float(plain[:, numbers].mean()) for name, numbers in sorted(classes.items())},
+        )
 
-    def _microbatch(self, held_out: HeldOut | None, *, t: float) -> MicroBatch:
+    def _measure(
+        self, clips: Sequence[HeldOut], losses: torch.Tensor, *, kind: str, t: float, chunks: Sequence[nn.Module], config: TransformerConfig
+    ) -> None:
+        """Put this rank's part of each clip's loss at the clip's number."""
+        topology, at = self.context.topology, self.context.at
+        own = clips[at.dp :: topology.dp]
+        group = topology.pp if topology.vp else 1
+        count = -(-len(clips) // (topology.dp * group)) * group
+        batches = [self._microbatch(own[m] if m < len(own) else None, kind=kind, t=t) for m in range(count)]
+        with torch.no_grad():
+            reports = run_schedule(
+                chunks,
+                batches,
+                config=config,
+                context=self.context,
+                loss_function=lambda output, batch: velocity_loss(output, batch, context_rank=at.cp),
+                forward_only=True,
+            )
+        for held_out, report in zip(own, reports, strict=False):  # no reports but on the last stage, and some for no clip
+            losses[held_out.number] = report.double()
+
+    def _microbatch(self, held_out: HeldOut | None, *, kind: str, t: float) -> MicroBatch:
+        """A clip's, or for None one that counts nothing."""
         real = held_out or self.held_out[0]
         at, topology = self.context.at, self.context.topology
-        shape = (len(real.tokens), self.config.model.cond_channels)
-        cond = torch.zeros(shape, device=self.context.device) if self.config.model.cond_embed else None
+        cond = None
+        if self.config.model.cond_embed:
+            cond = patchify(condition_latent(real.shape, list(real.given.get(kind, ()))), patch=self.config.model.patch_size)
         sample = TrainingSample(
             tokens=real.tokens,
             text=real.text,

@@ -112,6 +112,9 @@ class MetricsLog:
                 if event["event"] == "eval":
                     for name, value in event["loss_by_t"].items():
                         self._writer.add_scalar(f"eval/loss_t{name}", value, metrics.step)
+                    for part in ("kind", "resolution"):
+                        for name, value in event[f"loss_by_{part}"].items():
+                            self._writer.add_scalar(f"eval_by_{part}/{name}", value, metrics.step)
                     self._writer.add_scalar("eval/loss", event["loss"], metrics.step)
         self._progress.update(self._task, completed=metrics.step, loss=f"loss {metrics.loss:.4f}")
         if metrics.step % self.interval_steps == 0:

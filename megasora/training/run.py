@@ -352,11 +352,13 @@ def _sample_event(
 
 
 def _evaluation_event(evaluator: Evaluator, trainee: Trainee) -> dict[str, Any]:
-    by_t = evaluator.measure(trainee.chunks, trainee.megatron_config)
+    measured = evaluator.measure(trainee.chunks, trainee.megatron_config)
     return {
         "event": "eval",
         "step": trainee.step,
-        "loss": sum(by_t.values()) / len(by_t),
-        "loss_by_t": by_t,
+        "loss": measured.mean,
+        "loss_by_t": measured.by_t,
+        "loss_by_kind": measured.by_kind,
+        "loss_by_resolution": measured.by_resolution,
         "clips": len(evaluator.held_out),
     }

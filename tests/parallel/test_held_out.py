@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megasora import recipes
-from megasora.config.schema import RunConfig
+from megasora.config.schema import ConditionConfig, RunConfig
 from megasora.data.cache.layout import caption_of
 from megasora.data.decoding.pyav import PyAVDecoder
 from megasora.data.manifest import read_manifest
@@ -21,7 +21,7 @@ from megasora.models.encoders.tiny import make_tiny_encoders
 from megasora.models.mmdit.build import build_chunks
 from megasora.models.mmdit.initialization import initialize_weights
 from megasora.parallel import groups
-from megasora.training.evaluation import EVAL_SEED, Evaluator
+from megasora.training.evaluation import EVAL_SEED, Evaluator, HeldOutLoss
 from tests.parallel.test_parity import layout
 from tests.pool import RankPool
 
@@ -30,8 +30,10 @@ from tests.pool import RankPool
 class Measured:
     """What a rank's evaluator holds and measures."""
 
-    losses: tuple[dict[str, float], dict[str, float]]
+    losses: tuple[HeldOutLoss, HeldOutLoss]
     """Of two evaluations."""
+    with_all_weights: HeldOutLoss
+    """Without the zeros that cond_in, the final layer and others start from."""
     as_by_hand: bool
     """Whether every clip's tensors are, bit for bit, those that decoder and encoders give when called one after another."""
     failed: tuple[str, ...]
@@ -57,8 +59,15 @@ def measure_on_rank(rank: int, config: RunConfig) -> Measured:
         text, vec = encoders.encode_text([caption_of(clip)], max_tokens=clip.text_tokens)
         return patchify(latent, patch=config.model.patch_size), text[0], vec[0]
 
+    losses = (evaluator.measure(chunks, megatron_config), evaluator.measure(chunks, megatron_config))
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                if not parameter.any():  # cond_in and the final layer among them
+                    parameter.normal_(generator=torch.Generator().manual_seed(0))
     return Measured(
-        losses=(evaluator.measure(chunks, megatron_config), evaluator.measure(chunks, megatron_config)),
+        losses=losses,
+        with_all_weights=evaluator.measure(chunks, megatron_config),
         as_by_hand=all(
             all(torch.equal(one, other) for one, other in zip((held.tokens, held.text, held.vec), by_hand(number), strict=True))
             for number, held in enumerate(evaluator.held_out)
@@ -89,11 +98,25 @@ def test_every_evaluation_in_every_layout_gives_the_same_held_out_loss(pool: Ran
     assert one.failed == ("1",)
     for size, parallel in ((4, layout(tp=2, cp=2)), (2, layout())):
         for other in pool.run(size, measure_on_rank, replace(config, parallel=parallel)):
-            assert other.losses[0] == other.losses[1] == pytest.approx(one.losses[0], rel=1e-5)
+            assert other.losses[0] == other.losses[1]
+            for part in ("by_t", "by_kind", "by_resolution"):
+                assert getattr(other.losses[0], part) == pytest.approx(getattr(one.losses[0], part), rel=1e-5)
             assert other.as_by_hand
+
+
+def test_given_frames_are_what_tells_kinds_apart(pool: RankPool, run: RunConfig) -> None:
+    # of 17, 9 and 1 frames; a still has no kind but t2v, and clips of 34 frames for v2v there are none
+    config = replace(run, condition=ConditionConfig(t2v=0.0, i2v_head=1.0, i2v_loop=2.0, v2v_head=1.0))
+    (one,) = pool.run(1, measure_on_rank, config)
+    blind, measured = one.losses[0], one.with_all_weights
+    assert list(measured.by_kind) == ["t2v", "i2v_head", "i2v_loop"]
+    assert measured.by_kind["t2v"] == pytest.approx(measured.mean) == pytest.approx(measured.by_resolution["64px"])
+    videos = {kind: loss for kind, loss in blind.by_kind.items() if kind != "t2v"}
+    assert videos["i2v_head"] == pytest.approx(videos["i2v_loop"], rel=1e-6)  # a model that is blind to given frames
+    assert measured.by_kind["i2v_head"] != pytest.approx(measured.by_kind["i2v_loop"], rel=1e-6)
 
 
 def test_the_posterior_setting_reaches_the_held_out_loss(pool: RankPool, run: RunConfig) -> None:
     (mean,) = pool.run(1, measure_on_rank, run)
     (drawn,) = pool.run(1, measure_on_rank, replace(run, encoders=replace(run.encoders, posterior="sample")))
-    assert all(drawn.losses[0][t] != mean.losses[0][t] for t in mean.losses[0])
+    assert all(drawn.losses[0].by_t[t] != mean.losses[0].by_t[t] for t in mean.losses[0].by_t)
