@@ -342,6 +342,11 @@ class SampleConfig:
     """Append the frame rate to the prompt (`24 FPS.`), as the published weights are asked; nothing is appended for a picture."""
     motion_score: float | None = 4.0
     """Motion score appended to the prompt; None appends nothing."""
+    reuse_threshold: float = 0.0
+    """Accumulated relative change of the velocity below which a step is extrapolated from the last two instead of evaluated; 0 evaluates
+    every step."""
+    reuse_check: bool = False
+    """With reuse_threshold, also draw the clip without reuse, and record how far the two latents lie apart."""
     seed: int = 42
     """Seed of the noise; the same seed gives the same clip in every layout."""
 

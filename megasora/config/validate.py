@@ -343,6 +343,10 @@ def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
         yield Problem(
             field="sample.guidance_parallel", message=f"{config.sample.guidance_parallel} is not 1, 2 or 3", cure="use 3 with given frames"
         )
+    if not 0 <= config.sample.reuse_threshold < 1:
+        yield Problem(
+            field="sample.reuse_threshold", message=f"is {config.sample.reuse_threshold}", cure="use 0 (off) to 0.2; 0.05 is a good start"
+        )
     unit = config.encoders.spatial_compression * config.model.patch_size
     for name in ("height", "width"):
         if getattr(config.sample, name) % unit or getattr(config.sample, name) < unit:

@@ -19,9 +19,9 @@ from megasora.data.cache.identity import encoder_facts, file_sha256, library_ver
 from megasora.inference.requests import ClipRequest
 
 FORMAT = "megasora-clip-1"
-UNSETTLED = ("made", "versions", "layout", "paths")
+UNSETTLED = ("made", "versions", "layout", "paths", "search")
 """Parts of a record in which two records of the same clip may differ."""
-NOT_OF_A_CLIP = ("height", "width", "num_frames", "seed", "guidance_parallel")
+NOT_OF_A_CLIP = ("height", "width", "num_frames", "seed", "guidance_parallel", "reuse_check")
 """Settings of a run's sample section that a clip has of its own, or that only say where it is computed."""
 
 

@@ -20,12 +20,14 @@ from megasora.checkpoint.source import Select
 from megasora.config.errors import UserError
 from megasora.config.io import from_dict, to_dict
 from megasora.config.schema import FlowConfig, RunConfig, SampleConfig
-from megasora.data.decoding.writer import write_picture, write_video
+from megasora.data.decoding.writer import contact_sheet, write_picture, write_video
 from megasora.inference.first_frames import FirstFrames, draw_first_frames
 from megasora.inference.given import check_sources
 from megasora.inference.record import Hashes, differences, hashes_of, read_record, record_of, write_record
 from megasora.inference.requests import ClipRequest, Common, Unusable, read_requests, requests_of
+from megasora.inference.search import NoiseSearch, score
 from megasora.inference.session import Drawn, Offload, Session, World, start
+from megasora.models.sampler import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,17 @@ class Wanted:
     end_image: Path | None = None
     video: Path | None = None
     common: Common
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What is written beside the clips, and how they are chosen."""
+
+    save_latents: bool = False
+    """Each clip's scaled latent, as safetensors."""
+    preview: bool = False
+    """A contact sheet of each clip, as PNG."""
+    search: NoiseSearch = field(default_factory=NoiseSearch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +74,7 @@ def run_sample(
     select: Select = "model",
     offload: Offload = "none",
     first_frames: FirstFrames | None = None,
-    save_latents: bool = False,
+    extras: Extras | None = None,
 ) -> Outcome:
     """Draw the clips that are asked for into a folder.
 
@@ -72,7 +85,7 @@ def run_sample(
         output: folder of the clips.
         offload: see `Session`.
         first_frames: draw the first frames of text-to-video clips with other weights; None goes from text to video.
-        save_latents: also write each clip's scaled latent as safetensors.
+        extras: what is written beside the clips, and how they are chosen.
 
     Raises:
         UserError: settings, weights or files do not fit, or a clip of that name was made from something else.
@@ -90,7 +103,7 @@ def run_sample(
     own = requests[world.groups.number :: world.groups.count]
     with Progress(disable=dist.get_rank() != 0, transient=True) as progress:
         task = progress.add_task("sample", total=len(own) * config.sample.steps * (2 if first_frames else 1))
-        maker = _Maker(session, output=output, weights=weights, select=select, save_latents=save_latents)
+        maker = _Maker(session, output=output, weights=weights, select=select, extras=extras or Extras())
         if first_frames is not None:
             session.shelf.encode_texts([text for request in own for text in (request.prompt, session.caption(request), request.negative)])
             own = draw_first_frames(
@@ -111,8 +124,9 @@ def run_sample(
 class _Maker:
     """Draws, decodes and writes this rank's clips."""
 
-    def __init__(self, session: Session, *, output: Path, weights: Path, select: Select, save_latents: bool) -> None:
-        self.session, self.output, self.weights, self.select, self.save_latents = session, output, weights, select, save_latents
+    def __init__(self, session: Session, *, output: Path, weights: Path, select: Select, extras: Extras) -> None:
+        self.session, self.output, self.weights, self.select, self.extras = session, output, weights, select, extras
+        self._scorer = extras.search.load()
         self.world: World = session.world
         self._hashes: Hashes | None = None
         self._hashing = threading.Thread(target=self._hash, daemon=True)  # while texts are encoded and weights are loaded
@@ -158,12 +172,28 @@ class _Maker:
         prompts = [session.prompt(request) for request in todo]
         made: list[Path] = []
         for request, prompt in zip(todo, prompts, strict=True):
-            latent, drawn = session.draw(request, prompt, on_step=on_step)
-            video = session.decode(latent)
+            self._make(request, prompt, on_step=on_step)
             made.append(self._path(request))
-            if video is not None:
-                self._write(request, video, latent, drawn)
         return made, kept
+
+    def _make(self, request: ClipRequest, prompt: Prompt, *, on_step: Any) -> None:
+        """Draw a clip, or several of which the best is kept, and write it."""
+        search = self.extras.search
+        best: tuple[ClipRequest, torch.Tensor, torch.Tensor, Drawn] | None = None
+        scores: list[float] = []
+        for k in range(search.best_of):
+            candidate = replace(request, seed=request.seed + k)
+            latent, drawn = self.session.draw(candidate, prompt, on_step=on_step)
+            video = self.session.decode(latent)
+            if video is None:
+                continue  # the clip's first rank has it, scores it and writes it
+            if self._scorer is not None:
+                scores.append(score(self._scorer, video.cpu(), request.prompt, name=str(search.scorer)))
+            if best is None or scores[-1] > max(scores[:-1]):
+                best = (candidate, video, latent, drawn)
+        if best is not None:
+            found = {**search.facts(request), "scores": scores} if self._scorer is not None else {}
+            self._write(*best, search=found)
 
     def _left(self, requests: Sequence[ClipRequest]) -> tuple[list[ClipRequest], list[Path]]:
         """The clips that are not there yet, and the paths of the others; the clip's first rank looks, so that all its ranks agree."""
@@ -185,15 +215,21 @@ class _Maker:
         path = self._path(request)
         if not path.is_file() or not path.with_suffix(".json").is_file():
             return False
-        different = differences(self.record(request), read_record(path.with_suffix(".json")))
+        there = read_record(path.with_suffix(".json"))
+        searched = {key: value for key, value in there.get("search", {}).items() if key != "scores"}
+        if searched == self.extras.search.facts(request) != {}:
+            request = replace(request, seed=int(there["seed"]))
+        different = differences(self.record(request), there)
         return f"{path} was made from something else ({different[0]}); choose another --output or name" if different else True
 
     def _path(self, request: ClipRequest) -> Path:
         return self.output / f"{request.name}.{'png' if request.size.num_frames == 1 else 'mp4'}"
 
-    def _write(self, request: ClipRequest, video: torch.Tensor, latent: torch.Tensor, drawn: Drawn) -> None:
+    def _write(self, request: ClipRequest, video: torch.Tensor, latent: torch.Tensor, drawn: Drawn, *, search: dict[str, Any]) -> None:
         path = self._path(request)
-        if self.save_latents:
+        if self.extras.preview and request.size.num_frames > 1:
+            write_picture(path.with_suffix(".preview.png"), contact_sheet(video))
+        if self.extras.save_latents:
             from safetensors.torch import save_file
 
             save_file({"latent": latent.cpu().contiguous()}, path.with_suffix(".safetensors"))
@@ -201,7 +237,7 @@ class _Maker:
             write_picture(path, video[:, 0])
         else:
             write_video(path, video, fps=self.session.config.sample.fps)
-        write_record(path.with_suffix(".json"), {**self.record(request), "made": to_dict(drawn)})
+        write_record(path.with_suffix(".json"), {**self.record(request), "made": to_dict(drawn), "search": search})
 
 
 def _requests(config: RunConfig, wanted: Wanted, remembered: dict[str, Any] | None) -> tuple[list[ClipRequest], list[Unusable]]:

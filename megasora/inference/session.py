@@ -129,14 +129,24 @@ class Session:
         latent = sampler.sample(prompt, request.size, seed=request.seed, on_step=on_step)
         if on_gpu:
             torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - started
         branches = 1 if self.model.guidance_embed else 3 if prompt.given else 2
         drawn = Drawn(
             steps=self.config.sample.steps,
-            evaluations=branches * self.config.sample.steps,
-            seconds=time.perf_counter() - started,
+            evaluations=branches * sampler.evaluated_steps,
+            seconds=seconds,
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
+            reuse_error=self._reuse_error(request, prompt, latent),
         )
         return latent, drawn
+
+    def _reuse_error(self, request: ClipRequest, prompt: Prompt, latent: Tensor) -> float | None:
+        """||with reuse - without|| / ||without|| of the latent, drawn again without."""
+        sample = self.config.sample
+        if not sample.reuse_check or not sample.reuse_threshold:
+            return None
+        exact = self.using(replace(sample, reuse_threshold=0.0)).sampler.sample(prompt, request.size, seed=request.seed)
+        return float((latent - exact).norm() / exact.norm())
 
     def make_room(self) -> None:
         """Let the autoencoder work: with offload=model the model goes to host memory."""
@@ -192,3 +202,5 @@ class Drawn:
     seconds: float
     peak_bytes: int | None
     """Of this rank's GPU while the model worked; None on the CPU."""
+    reuse_error: float | None = None
+    """With sample.reuse_check: relative distance of the latent from the one without reuse."""

@@ -20,6 +20,7 @@ from megasora.diffusion.flow import sampling_times, shift_of
 from megasora.diffusion.guidance import Branch, Guidance, GuidedVelocity, denoise, latent_frame_of
 from megasora.diffusion.patchify import patchify, unpatchify
 from megasora.diffusion.philox import Stream, key_of, normal_at
+from megasora.diffusion.reuse import StepReuse
 from megasora.models.encoders.bundle import Encoders
 from megasora.models.mmdit.megatron_config import row_multiple
 from megasora.models.mmdit.model import ModelInputs
@@ -99,6 +100,8 @@ class ClipSampler:
     ) -> None:
         self.chunks, self.megatron_config, self.model, self.settings, self.flow = chunks, megatron_config, model, sample, flow
         self.encoders, self.context, self.branches = encoders, context, branches
+        self.evaluated_steps = 0
+        """Steps of the last clip at which the model was asked."""
 
     @torch.no_grad()
     def sample(self, prompt: Prompt, size: ClipSize, *, seed: int, on_step: Callable[[int], None] | None = None) -> Tensor:
@@ -129,14 +132,19 @@ class ClipSampler:
         noise[places] = normal_at(elements, key=key_of(seed=seed, stream=Stream.SAMPLE))
         frame = torch.zeros(pack.num_video, dtype=torch.int64, device=context.device)
         frame[places] = latent_frame_of(tokens, grid=grid)
+        model = self._velocity(prompt, pack, latent_shape)
+        reuse = None
+        if self.settings.reuse_threshold:
+            reuse = StepReuse(model, threshold=self.settings.reuse_threshold, sum_over_ranks=self._sum_over_shares)
         velocity = GuidedVelocity(
-            velocity=self._velocity(prompt, pack, latent_shape),
+            velocity=reuse or model,
             guidance=None if self.model.guidance_embed else self.guidance(prompt.kind),
             with_given=bool(prompt.given),
             latent_frame=frame,
             latent_frames=frames,
         )
         share = denoise(velocity, noise, times=self.times(latent_shape), on_step=on_step)
+        self.evaluated_steps = self.settings.steps if reuse is None else reuse.evaluated
         whole = torch.zeros(shape.video_tokens, channels, device=context.device)
         whole[tokens] = share[places]
         dist.all_reduce(whole, group=self.context.pg_collection.tp_cp)
@@ -145,6 +153,11 @@ class ClipSampler:
             for run, known in prompt.given:
                 latent[:, run.latent_start : run.latent_start + run.latent_count] = known.to(latent)
         return latent
+
+    def _sum_over_shares(self, values: Tensor) -> Tensor:
+        """Summed over the ranks that share out the clip's tokens."""
+        dist.all_reduce(values, group=self.context.pg_collection.tp_cp)
+        return values
 
     def guidance(self, kind: str) -> Guidance:
         """Scales for a kind of given frames."""

@@ -19,7 +19,7 @@ from megasora.config.errors import UserError
 from megasora.config.io import load_yaml
 from megasora.config.schema import ParallelConfig
 from megasora.inference.requests import Common
-from megasora.inference.sample import Wanted, run_sample
+from megasora.inference.sample import Extras, Wanted, run_sample
 from tests.parallel.runs import tiny_run, train_on_rank
 from tests.parallel.test_parity import layout
 from tests.pool import RankPool
@@ -40,7 +40,7 @@ def sample_on_rank(rank: int, run_dir: str, output: str, parallel: ParallelConfi
     config = replace(config, sample=replace(config.sample, steps=3, width=80, height=48, num_frames=9))
     common = Common(kind=None, negative="", resolution=None, aspect=None, num_samples=1)
     wanted = Wanted(prompt=("a test card",), image=None if image is None else Path(image), common=common)
-    run_sample(config, wanted, weights=weights, output=Path(output), save_latents=True)
+    run_sample(config, wanted, weights=weights, output=Path(output), extras=Extras(save_latents=True))
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from megasora.diffusion.patchify import unpatchify
 from megasora.diffusion.philox import Stream, key_of, normal_at
 from megasora.inference.first_frames import FirstFrames
 from megasora.inference.requests import Common
-from megasora.inference.sample import Outcome, Wanted, run_sample
+from megasora.inference.sample import Extras, Outcome, Wanted, run_sample
+from megasora.inference.search import NoiseSearch
 from tests.parallel.test_parity import layout
 from tests.pool import RankFailedError, RankPool
 from tests.published.small_weights import image_autoencoder, save_mmdit, small_config, transformer
@@ -33,7 +34,7 @@ STEPS = 3
 def draw(rank: int, config: RunConfig, wanted: Wanted, folder: str, output: str, arguments: dict[str, Any]) -> Outcome:
     """`megasora sample` on one rank of a pool."""
     weights = Path(folder) / "mmdit.safetensors"
-    return run_sample(config, wanted, weights=weights, output=Path(folder) / output, save_latents=True, **arguments)
+    return run_sample(config, wanted, weights=weights, output=Path(folder) / output, **{"extras": Extras(save_latents=True), **arguments})
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +200,47 @@ def test_weights_that_do_not_fit_are_refused(pool: RankPool, folder: Path) -> No
     wanted = Wanted(prompt=("A rabbit",), common=COMMON)
     with pytest.raises(RankFailedError, match="another model|no guidance-distilled weights"):
         pool.run(1, draw, settings(folder), wanted, str(folder), "refused", {"first_frames": frames})
+
+
+def brightness(clip: torch.Tensor, prompt: str) -> float:
+    """A scorer: the brighter, the better."""
+    assert prompt == "A rabbit" and clip.shape == (3, 9, 64, 96)
+    return float(clip.mean())
+
+
+@pytest.mark.slow
+def test_the_best_of_several_seeds_is_kept_and_can_be_made_again(pool: RankPool, folder: Path) -> None:
+    config, wanted = settings(folder), Wanted(prompt=("A rabbit",), common=COMMON)
+    search = NoiseSearch(best_of=3, scorer="tests.published.test_first_frames:brightness")
+    arguments = {"extras": Extras(save_latents=True, preview=True, search=search)}
+    pool.run(1, draw, config, wanted, str(folder), "best", arguments)
+    record = json.loads((folder / "best" / "sample_000.json").read_text())
+    scores = record["search"]["scores"]
+    assert len(set(scores)) == 3 and record["search"]["first_seed"] == config.sample.seed
+    assert record["seed"] == config.sample.seed + scores.index(max(scores))
+    assert Image.open(folder / "best" / "sample_000.preview.png").size == (8 * 96, 64)
+    (again,) = pool.run(1, draw, config, wanted, str(folder), "best", arguments)
+    assert again.made == ()
+    pool.run(1, draw, config, Wanted(again=folder / "best" / "sample_000.json", common=COMMON), str(folder), "best_again", {})
+    one, two = (folder / name / "sample_000.mp4" for name in ("best", "best_again"))
+    assert one.read_bytes() == two.read_bytes()
+    with pytest.raises(RankFailedError, match="belong together"):
+        pool.run(1, draw, config, wanted, str(folder), "none", {"extras": Extras(search=NoiseSearch(best_of=2))})
+    nowhere = NoiseSearch(best_of=2, scorer="tests.published:nothing")
+    with pytest.raises(RankFailedError, match="cannot be imported"):
+        pool.run(1, draw, config, wanted, str(folder), "none", {"extras": Extras(search=nowhere)})
+
+
+@pytest.mark.slow
+def test_reuse_saves_evaluations_in_every_layout_and_says_what_it_cost(pool: RankPool, folder: Path) -> None:
+    sample = {"steps": 20, "reuse_threshold": 0.6, "reuse_check": True}  # random weights: a velocity that changes fast
+    wanted = Wanted(prompt=("A rabbit",), common=COMMON)
+    pool.run(1, draw, settings(folder, **sample), wanted, str(folder), "reuse", {})
+    pool.run(2, draw, settings(folder, parallel=layout(cp=2), **sample), wanted, str(folder), "reuse_cp2", {})
+    pool.run(1, draw, settings(folder, steps=20), wanted, str(folder), "exact", {})
+    made = json.loads((folder / "reuse" / "sample_000.json").read_text())["made"]
+    assert 2 * 3 < made["evaluations"] < 2 * 20
+    one, two, exact = (latents(folder / name, ["sample_000"])["sample_000"] for name in ("reuse", "reuse_cp2", "exact"))
+    assert made["reuse_error"] == pytest.approx(float((one - exact).norm() / exact.norm()), rel=1e-6)
+    assert 0 < made["reuse_error"] < 1
+    assert float((one - two).norm() / one.norm()) < 1e-5

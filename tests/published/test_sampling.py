@@ -24,7 +24,7 @@ from megasora.config.schema import RunConfig
 from megasora.diffusion.patchify import unpatchify
 from megasora.diffusion.philox import Stream, key_of, normal_at
 from megasora.inference.requests import Common
-from megasora.inference.sample import Outcome, Wanted, run_sample
+from megasora.inference.sample import Extras, Outcome, Wanted, run_sample
 from tests.pool import RankPool
 from tests.published.small_weights import save_mmdit, small_config, transformer
 
@@ -165,7 +165,9 @@ def sample_on_rank(rank: int, config: RunConfig, table: str, output: str, argume
     """`megasora sample --table` on one rank of a pool."""
     common = Common(kind=None, negative="", resolution=None, aspect=None, num_samples=1)
     wanted = Wanted(table=Path(table), common=common)
-    return run_sample(config, wanted, weights=Path(table).parent / "mmdit.safetensors", output=Path(output), save_latents=True, **arguments)
+    return run_sample(
+        config, wanted, weights=Path(table).parent / "mmdit.safetensors", output=Path(output), extras=Extras(save_latents=True), **arguments
+    )
 
 
 def noise_of(seed: int) -> Tensor:

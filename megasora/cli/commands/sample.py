@@ -74,6 +74,12 @@ class Args(RecipeArgs):
     """What waits in host memory while it is not needed: encoders (text encoders are dropped, the autoencoder waits); model (that too)."""
     save_latents: bool = False
     """Also write each clip's latent as .safetensors."""
+    preview: bool = False
+    """Also write a contact sheet of each clip: .preview.png."""
+    best_of: int = 1
+    """Draw this many clips for each that is kept, with seeds that follow one another; needs --scorer."""
+    scorer: str | None = None
+    """MODULE:FUNCTION that says how good a clip is: (clip [3, T, H, W] in [-1, 1], prompt) -> number, the higher the better."""
     json: bool = False
     """Print the files as JSON."""
 
@@ -87,7 +93,8 @@ def run(args: Args) -> Answer | None:
     """Write the clips; exit code 1 when a row of the table could not be drawn."""
     from megasora.inference.first_frames import FirstFrames
     from megasora.inference.requests import Common
-    from megasora.inference.sample import Wanted, run_sample
+    from megasora.inference.sample import Extras, Wanted, run_sample
+    from megasora.inference.search import NoiseSearch
 
     if (args.t2i_weights is None) != (args.t2i_vae is None):
         raise UserError("first frames need both --t2i_weights and --t2i_vae")
@@ -113,7 +120,7 @@ def run(args: Args) -> Answer | None:
         select=args.select,
         offload=args.offload,
         first_frames=first_frames,
-        save_latents=args.save_latents,
+        extras=Extras(save_latents=args.save_latents, preview=args.preview, search=NoiseSearch(best_of=args.best_of, scorer=args.scorer)),
     )
     return _answer(outcome) if rank() == 0 else None
 

@@ -30,6 +30,13 @@ def write_video(path: Path, video: Tensor, *, fps: float, codec: str = "libx264"
         container.mux(stream.encode())
 
 
+def contact_sheet(video: Tensor, *, frames: int = 8) -> Tensor:
+    """[3, H, n W]: n evenly spaced frames of a clip [3, T, H, W] side by side, first and last among them; n is `frames`, or T if less."""
+    count = min(frames, video.shape[1])
+    chosen = torch.linspace(0, video.shape[1] - 1, count).round().long()
+    return torch.cat(list(video[:, chosen].unbind(1)), dim=-1)
+
+
 def write_picture(path: Path, picture: Tensor) -> None:
     """Write [3, H, W] in [-1, 1] as a PNG."""
     from PIL import Image
