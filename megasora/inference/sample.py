@@ -237,7 +237,7 @@ class _Maker:
             write_picture(path, video[:, 0])
         else:
             write_video(path, video, fps=self.session.config.sample.fps)
-        write_record(path.with_suffix(".json"), {**self.record(request), "made": to_dict(drawn), "search": search})
+        write_record(path.with_suffix(".json"), {**self.record(request), "made": to_dict(drawn), **({"search": search} if search else {})})
 
 
 def _requests(config: RunConfig, wanted: Wanted, remembered: dict[str, Any] | None) -> tuple[list[ClipRequest], list[Unusable]]:

@@ -39,9 +39,9 @@ def straight(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def assert_same_curve(run_dir: Path, straight: Path) -> None:
-    expected, found = metrics(straight), metrics(run_dir)
-    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+def assert_same_curve(run_dir: Path, straight: Path, *, steps: int = STEPS) -> None:
+    expected, found = metrics(straight)[:steps], metrics(run_dir)
+    assert [record["step"] for record in found] == list(range(1, steps + 1))
     for one, other in zip(expected, found, strict=True):
         assert other["samples"] == one["samples"]
         assert abs(other["loss"] / one["loss"] - 1) < CURVE, (one["step"], one["loss"], other["loss"])
@@ -86,10 +86,9 @@ def test_a_layout_repeats_the_curve_of_one_rank(
 def test_a_memory_limit_takes_more_micro_batches_and_keeps_the_curve(pool: RankPool, straight: Path, tmp_path: Path) -> None:
     shutil.copytree(straight / "assets", tmp_path / "run" / "assets")
     # most steps do not fit two packs of 110 tokens and take four, some do: the number changes from step to step, interleaved
-    limited = tiny_run(tmp_path / "run", steps=STEPS, parallel=layout(tp=2, pp=2, vp=2), data={"max_pack_tokens": 110})
+    limited = tiny_run(tmp_path / "run", steps=8, parallel=layout(tp=2, pp=2, vp=2), data={"max_pack_tokens": 110})
     pool.run(4, train_on_rank, limited)
-    assert_same_curve(tmp_path / "run", straight)
-    assert_same_weights(tmp_path / "run", straight)
+    assert_same_curve(tmp_path / "run", straight, steps=8)
 
 
 @pytest.mark.slow
