@@ -39,15 +39,21 @@ CURATION = [
     "scenedetect-headless>=0.7",
 ]
 RAY = ["ray>=2.40"]
+EVALUATE = ["torchmetrics>=1.6"]
 EXTRAS = {
     "data": [*DALI, *CURATION],
     "ray": RAY,
+    "evaluate": EVALUATE,
     "gpu": [*DALI, "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
     "flash": ["flash-attn==2.8.3"],
     "dev": [
         *DALI,
         *CURATION,
         *RAY,
+        *EVALUATE,
+        "peft",  # writes the adapters that tests merge
+        "accelerate",
+        "playwright",  # drives Debian's chromium; without one the test of the page is skipped
         "webdataset",
         "pytest",
         "pytest-timeout",
