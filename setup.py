@@ -39,7 +39,7 @@ CURATION = [
     "scenedetect-headless>=0.7",
 ]
 RAY = ["ray>=2.40"]
-EVALUATE = ["torchmetrics>=1.6"]
+EVALUATE = ["scikit-image>=0.25"]
 EXTRAS = {
     "data": [*DALI, *CURATION],
     "ray": RAY,
@@ -53,6 +53,7 @@ EXTRAS = {
         *EVALUATE,
         "peft",  # writes the adapters that tests merge
         "accelerate",
+        "torchmetrics",  # its parts of LPIPS and the published lin layers, which tests compare with
         "playwright",  # drives Debian's chromium; without one the test of the page is skipped
         "webdataset",
         "pytest",
@@ -75,7 +76,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megasora", "megasora.*"]),
-    package_data={"megasora": ["py.typed", "curation/*.j2"]},
+    package_data={"megasora": ["py.typed", "curation/*.j2", "evaluation/*.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megasora = megasora.cli:main"]},
