@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from rich.progress import Progress
 from torch import Tensor
 
-from megasora.checkpoint.source import Select, WeightSource, open_source
+from megasora.checkpoint.source import Select, open_source
 from megasora.config.errors import UserError
-from megasora.config.schema import ModelConfig, RunConfig, SampleConfig
+from megasora.config.schema import RunConfig, SampleConfig
 from megasora.config.validate import raise_on_problems
 from megasora.data.decoding.contract import DecodeError, DecodeRequest
 from megasora.data.decoding.pyav import PyAVDecoder
@@ -47,21 +46,7 @@ def run_sample(
     given = {"height": height, "width": width, "num_frames": num_frames, "fps": fps, "steps": steps, "seed": seed}
     chosen = {name: value for name, value in given.items() if value is not None}
     config = replace(config, sample=replace(config.sample, **chosen))  # type: ignore[arg-type]
-    device = groups.choose_device(config.device)
-    groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
-    config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
-    raise_on_problems(config, world_size=dist.get_world_size())
-    if dist.get_world_size() != config.parallel.model_parallel_size:
-        raise UserError(
-            f"sampling runs one replica: TP x PP x CP = {config.parallel.model_parallel_size}, but {dist.get_world_size()} rank(s) were "
-            "started; use torchrun with that many, or set --parallel.* to 1"
-        )
-    source = open_source(weights, axes_dim=config.model.axes_dim, select=select)
-    model = replace(config.model, cond_embed=source.model.cond_embed, guidance_embed=source.model.guidance_embed)
-    source.fits(model)
-    if image is not None and not model.cond_embed:
-        raise UserError(f"weights {weights} have no cond_in, so --image cannot be used with them")
-    sampler = _sampler(config, source, model=model, device=device)
+    sampler = open_sampler(config, weights=weights, select=select, with_image=image is not None)
     first_frame = None if image is None else _read_image(image, config.sample)
     rank = sampler.context.rank
     files: list[Path] = []
@@ -80,8 +65,26 @@ def run_sample(
     return files
 
 
-def _sampler(config: RunConfig, source: WeightSource, *, model: ModelConfig, device: torch.device) -> Sampler:
-    """Encoders and this rank's part of the model, with its weights."""
+def open_sampler(config: RunConfig, *, weights: Path, select: Select = "model", with_image: bool = False) -> Sampler:
+    """Start this rank's part of a replica that samples: groups, encoders and the model with its weights.
+
+    Raises:
+        UserError: settings, ranks or weights do not fit, or a first frame is to be given to weights that take none.
+    """
+    device = groups.choose_device(config.device)
+    groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
+    config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
+    raise_on_problems(config, world_size=dist.get_world_size())
+    if dist.get_world_size() != config.parallel.model_parallel_size:
+        raise UserError(
+            f"sampling runs one replica: TP x PP x CP = {config.parallel.model_parallel_size}, but {dist.get_world_size()} rank(s) were "
+            "started; use torchrun with that many, or set --parallel.* to 1"
+        )
+    source = open_source(weights, axes_dim=config.model.axes_dim, select=select)
+    model = replace(config.model, cond_embed=source.model.cond_embed, guidance_embed=source.model.guidance_embed)
+    source.fits(model)
+    if with_image and not model.cond_embed:
+        raise UserError(f"weights {weights} have no cond_in, so --image cannot be used with them")
     encoders = load_encoders(config.encoders, model=model, device=device)
     context = groups.initialize(config.parallel, device=device, num_attention_heads=model.num_attention_heads, seed=0)
     chunks, megatron_config = build_chunks(model, config.parallel, config.precision, context=context)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,10 +73,10 @@ def run(args: Args) -> Answer | None:
         made = make_clips(
             plan,
             args.output,
-            draw=_drawing(args, args.output / f".drawing_{task[0]}_of_{task[1]}"),
+            draw=_drawing(args, args.output / f".drawing_{task[0]}_of_{task[1]}.mp4"),
             facts=facts,
             task=task,
-            on_clip=lambda done, total: bar.update(done, total, 0),
+            on_clip=(lambda done, total: bar.update(done, total, 0)) if rank() == 0 else None,
         )
     if rank() != 0:
         return None
@@ -89,17 +86,21 @@ def run(args: Args) -> Answer | None:
 
 
 def _drawing(args: Args, scratch: Path) -> Draw:
-    """How a clip is drawn: `megasora.inference.sample` into a scratch folder, from where rank 0 gives it its name."""
+    """How a clip is drawn: by `megasora.inference.sample`, opened at the first clip, under a short name that rank 0 exchanges when done."""
+    from megasora.data.decoding.writer import write_video
     from megasora.evaluation.vbench.prompts import PlannedClip
-    from megasora.inference.sample import run_sample
+    from megasora.inference.sample import open_sampler
+
+    opened: list[Any] = []
 
     def draw(clip: PlannedClip, path: Path) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the scratch file's name
-            (file,) = run_sample(
-                args.config, weights=args.weights, prompt=(clip.prompt,), output=scratch, select=args.select, seed=clip.seed
-            )
-        if rank() == 0:
-            file.replace(path)
-            shutil.rmtree(scratch, ignore_errors=True)
+        if not opened:
+            opened.append(open_sampler(args.config, weights=args.weights, select=args.select))
+        (sampler,) = opened
+        sampler.settings = replace(sampler.settings, seed=clip.seed)
+        latent = sampler.sample(sampler.encode(clip.prompt, first_frame=None, text_tokens=args.config.data.text_tokens), number=0)
+        if sampler.context.rank == 0:
+            write_video(scratch, sampler.encoders.vae.decode(latent).float(), fps=args.config.sample.fps)
+            scratch.replace(path)
 
     return draw
