@@ -23,6 +23,7 @@ class Mutant:
 
 CURATION = "tests/unit/curation"
 DATA = "tests/unit/data"
+EVALUATION = "tests/unit/evaluation"
 DIFFUSION = ("tests/unit/diffusion",)
 PLAN = (f"{DATA}/test_plan.py", f"{DATA}/test_sampler.py", f"{DATA}/test_mix.py")
 REQUESTS = (f"{DATA}/test_requests.py",)

@@ -225,6 +225,7 @@ def write_csv(path: Path, clips: Sequence[ClipFidelity]) -> None:
 def render(found: Fidelity, *, seed: int = 0) -> None:
     """Print every clip, and the mean of each measure with its interval."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     summaries = found.summaries(seed=seed)
@@ -232,7 +233,7 @@ def render(found: Fidelity, *, seed: int = 0) -> None:
     table = Table("clip", "frames", "size", *(f"{name} (dB)" if name == "psnr" else name for name in names))
     for clip in found.clips:
         values = (_digits(name, getattr(clip, name)) for name in names)
-        table.add_row(clip.name, str(clip.num_frames), f"{clip.height}x{clip.width}", *values)
+        table.add_row(escape(clip.name), str(clip.num_frames), f"{clip.height}x{clip.width}", *values)
     table.add_section()
     rows = (("mean", "mean"), ("std", "std"), ("95 % from", "low"), ("95 % to", "high"))
     for title, attribute in rows if names else ():

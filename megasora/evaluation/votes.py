@@ -81,6 +81,8 @@ def read_ballot(path: Path) -> Ballot:
     Raises:
         UserError: not one, or a vote in it is none.
     """
+    if not path.is_file():
+        raise UserError(f"no votes at {path}")
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(held, dict) or held.get("format") != FORMAT:
@@ -138,17 +140,14 @@ def _turned(vote: Vote) -> Vote:
 def render(found: Iterable[Preference], ballots: Sequence[Ballot]) -> None:
     """Print a table for every two sets, and what is unfinished."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     for result in found:
-        table = Table(
-            "",
-            "votes",
-            "share",
-            "95 % (Wilson)",
-            title=f"{result.a} against {result.b}: {result.prefer_a.of} votes of {result.voters} voter{'s' if result.voters > 1 else ''}",
-        )
+        voters = f"{result.voters} voter{'s' if result.voters > 1 else ''}"
+        title = f"{escape(result.a)} against {escape(result.b)}: {result.prefer_a.of} votes of {voters}"
+        table = Table("", "votes", "share", "95 % (Wilson)", title=title)
         rows = (
             (f"{result.a} preferred", result.prefer_a),
             (f"{result.b} preferred", result.prefer_b),
@@ -157,11 +156,13 @@ def render(found: Iterable[Preference], ballots: Sequence[Ballot]) -> None:
             ("the left clip where one was preferred", result.left),
         )
         for name, value in rows:
-            table.add_row(name, f"{value.count} of {value.of}", *_percent(value))
+            table.add_row(escape(name), f"{value.count} of {value.of}", *_percent(value))
         console.print(table)
     for ballot in ballots:
         if len(ballot.votes) < ballot.pairs:
-            console.print(f"{ballot.path}: {len(ballot.votes)} of {ballot.pairs} pairs were voted on", highlight=False)
+            console.print(
+                f"{ballot.path}: {len(ballot.votes)} of {ballot.pairs} pairs were voted on", highlight=False, markup=False, soft_wrap=True
+            )
 
 
 def _percent(value: Share) -> tuple[str, str]:

@@ -51,6 +51,8 @@ def read_prompts(source: Path) -> list[PromptEntry]:
     Raises:
         UserError: it is none of these, or holds no prompt.
     """
+    if not source.exists():
+        raise UserError(f"no prompts at {source}; give prompts/all_dimension.txt or prompts/prompts_per_dimension of VBench")
     entries: list[tuple[str, tuple[str, ...]]]
     try:
         if source.is_dir():

@@ -159,7 +159,9 @@ def render(scores: Scores) -> None:
     for model in PUBLISHED:
         console.print(f"{model.model}: {model.source}", highlight=False, soft_wrap=True)
     if scores.missing:
-        console.print(f"not measured: {', '.join(scores.missing)}; a group's score needs all of its dimensions", highlight=False)
+        console.print(
+            f"not measured: {', '.join(scores.missing)}; a group's score needs all of its dimensions", highlight=False, soft_wrap=True
+        )
 
 
 def _percent(value: float | None) -> str:

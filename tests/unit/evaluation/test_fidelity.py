@@ -116,15 +116,15 @@ def test_what_cannot_be_compared_is_one_line_each_and_exit_code_1(tmp_path: Path
 
 def test_the_table_on_the_screen_says_mean_and_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
-        write_exact(tmp_path / "a" / f"deep/{number}.mp4", noise(1, 32, 32, seed=number))
-        write_exact(tmp_path / "b" / f"deep/{number}.mp4", noise(1, 32, 32, seed=number) + 1 + number)
+        write_exact(tmp_path / "a" / f"deep/{number} [b].mp4", noise(1, 32, 32, seed=number))
+        write_exact(tmp_path / "b" / f"deep/{number} [b].mp4", noise(1, 32, 32, seed=number) + 1 + number)
     cli.main(["evaluate", "clips", str(tmp_path / "a"), str(tmp_path / "b"), "--measures", "psnr"])
     out = capsys.readouterr().out
     for offset in (1, 2, 3):
         assert f"{20 * math.log10(255 / offset):.2f}" in out
     # mean of 48.13, 42.11 and 38.59 dB
     assert f"{sum(20 * math.log10(255 / d) for d in (1, 2, 3)) / 3:.2f}" in out
-    assert "deep/0" in out
+    assert "deep/0 [b]" in out
     assert "95 % from" in out
 
 

@@ -157,7 +157,7 @@ def test_prompts_come_from_a_list_a_folder_or_the_full_info(tmp_path: Path) -> N
         ("full.json", '[{"prompt": "x"}]', "holds no VBench prompts"),
         ("full.json", '[{"prompt_en": "x", "dimension": ["taste"]}]', "taste is no dimension"),
         ("lists/taste.txt", "x", "is no prompt list"),
-        ("gone", None, "holds no VBench prompts"),
+        ("gone", None, "no prompts at"),
     ],
 )
 def test_prompts_that_are_none_are_refused(tmp_path: Path, name: str, text: str | None, said: str) -> None:

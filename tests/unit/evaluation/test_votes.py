@@ -42,9 +42,9 @@ def test_win_rates_and_their_intervals_by_hand(tmp_path: Path) -> None:
 
 def test_sets_that_stand_the_other_way_round_are_one_comparison(tmp_path: Path) -> None:
     one = ballot(tmp_path / "1.json", [("a", "a")])
-    other = ballot(tmp_path / "2.json", [("a", "a"), ("b", "a")], a="theirs", b="ours")
+    other = ballot(tmp_path / "2.json", [("a", "a"), ("a", "b")], a="theirs", b="ours")
     (found,) = preferences([read_ballot(one), read_ballot(other)])
-    assert (found.prefer_a.count, found.prefer_b.count) == (2, 1)
+    assert (found.prefer_a.count, found.prefer_b.count) == (1, 2)  # both votes of the second file are for theirs
     # the left clip was chosen in the first two votes, not in the third
     assert (found.left.count, found.left.of) == (2, 3)
 
@@ -89,7 +89,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     found = told["preferences"][0]["prefer_b"]
     assert (found["count"], found["of"], found["share"]) == (1, 4, 0.25)
     assert told["files"][0]["votes"] == 4
-    for words, said in ((["evaluate", "votes"], "needs at least one FILE"), (["evaluate", "votes", "nowhere"], "no file of votes")):
+    for words, said in ((["evaluate", "votes"], "needs at least one FILE"), (["evaluate", "votes", "nowhere"], "no votes at nowhere")):
         with pytest.raises(SystemExit) as end:
             cli.main(words)
         assert end.value.code == 2
