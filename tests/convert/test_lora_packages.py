@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from megasora.checkpoint.export import export_adapter, export_weights, open_adapter
 from megasora.checkpoint.formats.lora_settings import matches, parse_settings
+from megasora.checkpoint.formats.rules import Format
 from megasora.config.errors import UserError
+from tests.convert.models import DEV, V2, write_weights
 
 BLOCKS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "ff.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
 """Ends of linear layers in double and single blocks; `proj_out` is also the model's last layer."""
@@ -122,6 +125,42 @@ def test_files_of_diffusers_merge_as_peft_merges_them(tmp_path: Path, model: Flu
     assert first.startswith("transformer.") == (writer == "save_lora_weights")
     assert ("lora_adapter_metadata" in metadata) == (writer != "folder of an injected adapter")
     assert_equal(merged_by_us(tmp_path / "base", file, tmp_path / "merged"), expected, base)
+
+
+def skeleton(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """A module with a linear layer for every matrix, named as in a release file; it computes nothing."""
+    root = nn.Module()
+    for key, shape in shapes.items():
+        if key.endswith(".weight") and len(shape) == 2:
+            *path, last = key.removesuffix(".weight").split(".")
+            parent = root
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, nn.Linear(shape[1], shape[0], bias=key.removesuffix("weight") + "bias" in shapes))
+    return root
+
+
+@pytest.mark.parametrize("fmt", ["opensora", "flux"])
+def test_an_adapter_over_release_names_merges_as_peft_merges_it(tmp_path: Path, fmt: Format) -> None:
+    # Open-Sora trains LoRA with peft on its own module names (scripts/diffusion/train.py, lora_config)
+    base = write_weights(tmp_path / "base.safetensors", fmt, V2 if fmt == "opensora" else DEV, dtype=torch.float32)
+    model = skeleton({key: tuple(tensor.shape) for key, tensor in base.items()})
+    model.load_state_dict(base, strict=False)
+    ends = ["q_proj", "v_mlp", "img_attn.proj"] if fmt == "opensora" else ["img_attn.qkv", "linear1", "img_mlp.0"]
+    patterns = {"rank_pattern": {ends[0]: 3}, "alpha_pattern": {r"double_blocks\.1\..*": 5.0}}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=ends, r=2, lora_alpha=3, **patterns))  # type: ignore[arg-type]
+    randomise(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = dict(wrapped.merge_and_unload().state_dict())
+    options: dict[str, Any] = {"source_format": fmt, "target_format": fmt, "axes_dim": V2.axes_dim}
+    export_weights(tmp_path / "base.safetensors", tmp_path / "merged.safetensors", merge_lora=tmp_path / "adapter", **options)
+    made = load_file(tmp_path / "merged.safetensors")
+    changed = [key for key, tensor in base.items() if not torch.equal(made[key], tensor)]
+    assert len(changed) == sum(key.removesuffix(".weight").endswith(tuple(ends)) for key in base if key.endswith(".weight"))
+    for key in changed:
+        torch.testing.assert_close(made[key], expected[key], rtol=1e-6, atol=1e-6, msg=key)
 
 
 def test_a_file_without_a_configuration_has_scale_one_as_in_diffusers(tmp_path: Path, model: FluxTransformer2DModel) -> None:
