@@ -40,15 +40,22 @@ CURATION = [
     "scenedetect-headless>=0.7",
 ]
 RAY = ["ray>=2.40"]
+EVALUATE = ["scikit-image>=0.25"]
 EXTRAS = {
     "data": [*DALI, *CURATION],
     "ray": RAY,
+    "evaluate": EVALUATE,
     "gpu": [*DALI, "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
     "flash": ["flash-attn==2.8.3"],
     "dev": [
         *DALI,
         *CURATION,
         *RAY,
+        *EVALUATE,
+        "peft",  # writes the adapters that tests merge
+        "accelerate",
+        "torchmetrics",  # its parts of LPIPS and the published lin layers, which tests compare with
+        "playwright",  # drives Debian's chromium; without one the test of the page is skipped
         "webdataset",
         "pytest",
         "pytest-timeout",
@@ -70,7 +77,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megasora", "megasora.*"]),
-    package_data={"megasora": ["py.typed", "curation/*.j2"]},
+    package_data={"megasora": ["py.typed", "curation/*.j2", "evaluation/*.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megasora = megasora.cli:main"]},

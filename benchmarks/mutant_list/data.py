@@ -239,7 +239,7 @@ MUTANTS = (
     Mutant(
         "array tasks dealt out one off", "megasora/training/encode/run.py", "own = range(task, plan", "own = range(task + 1, plan", CACHE
     ),
-    Mutant("array's step ignored", "megasora/training/encode/plan.py", "- first) // step", "- first)", CACHE),
+    Mutant("array's step ignored", "megasora/config/array_task.py", "- first) // step", "- first)", CACHE),
     Mutant(
         "latent frames one too few",
         "megasora/data/cache/layout.py",

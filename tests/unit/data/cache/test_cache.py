@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megasora import recipes
+from megasora.config.array_task import task_of
 from megasora.config.errors import UserError
 from megasora.config.schema import ConditionConfig, RunConfig
 from megasora.data.cache.identity import encoder_facts
@@ -41,7 +42,7 @@ from megasora.data.manifest import read_manifest
 from megasora.data.plan import PlannedClip, plan_clips
 from megasora.data.tiny_clips import make_tiny_clips
 from megasora.models.encoders.tiny import make_tiny_encoders
-from megasora.training.encode.plan import plan_encode, task_of
+from megasora.training.encode.plan import plan_encode
 from megasora.training.encode.run import run_encode
 from megasora.training.encode.settings import EncodeResult, EncodeSettings
 
