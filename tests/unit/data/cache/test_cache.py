@@ -327,7 +327,7 @@ def test_a_full_size_sample_has_the_bytes_the_sizes_say(config: RunConfig) -> No
     clip = replace(clips[0], num_frames=129, height=192, width=336, text_tokens=512)
     layout = CacheLayout(
         store="both", latents="mean_std", kinds=("i2v_head",), latent_channels=stage.model.latent_channels, temporal_compression=4,
-        spatial_compression=8, text_dim=4096, vec_dim=768, dtype="bf16",
+        causal=True, spatial_compression=8, text_dim=4096, vec_dim=768, dtype="bf16",
     )  # fmt: skip
     sizes = layout.member_sizes(clip)
     values = 16 * 24 * 42 * 2
