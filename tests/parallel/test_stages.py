@@ -1,4 +1,4 @@
-"""A stage starts from the run of the one before: its newest complete checkpoint, trained or averaged, with a new condition input at zero."""
+"""A stage starts from the run of the one before: its newest complete checkpoint, trained or averaged; a new condition input is zero."""
 
 from __future__ import annotations
 
