@@ -377,9 +377,9 @@ def refuse_missing_autoencoder(config: RunConfig) -> None:
     """Refuse to train a model whose autoencoder is not part of this version.
 
     Raises:
-        UserError: the run needs the video DC-AE (32x spatial compression).
+        UserError: the run needs the video DC-AE (32x spatial compression, not causal).
     """
-    if config.encoders.spatial_compression == 32:
+    if config.encoders.spatial_compression == 32 or not config.encoders.causal:
         raise UserError(
             f"recipe {config.recipe} needs the video DC-AE (dc-ae-f32t4c128), which this version does not have; "
             "it can be shown, validated and counted, train another recipe"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megasora.checkpoint.export import export_weights
 from megasora.checkpoint.source import Select, open_source
 from megasora.config.schema import ConditionConfig, InitConfig, RunConfig
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
@@ -90,6 +91,17 @@ def test_a_folder_that_gives_no_weights_is_refused_with_the_cure(pool: RankPool,
     pool.run(1, train_on_rank, replace(stage(tmp_path / "cond", cond_embed=True), parallel=layout()))
     with pytest.raises(RankFailedError, match=r"are of another model: cond_embed True \(wanted False\)"):
         pool.run(1, train_on_rank, replace(stage(tmp_path / "run", cond_embed=False, init=with_condition), parallel=layout()))
+
+
+def test_a_condition_input_of_zeros_may_be_left_out(pool: RankPool, before: Path, tmp_path: Path) -> None:
+    """What `convert --init open-sora-v2` adds for a stage that takes conditions is nothing to one that takes none."""
+    start = tmp_path / "start"
+    export_weights(before / "checkpoints" / "step_00000002", start, target_format="opensora", init="open-sora-v2")
+    config = stage(tmp_path / "run", cond_embed=False, init=InitConfig(weights=str(start)), optimizer=STILL)
+    pool.run(1, train_on_rank, replace(config, parallel=layout()))
+    (event,) = [event for event in metrics(tmp_path / "run")[0]["events"] if event["event"] == "init"]
+    assert event["notes"] == ["cond_in, all zero, is dropped"]
+    assert not any(key.startswith("cond_in") for key in weights(tmp_path / "run", 1))
 
 
 def test_a_run_that_goes_on_ignores_what_it_started_from(pool: RankPool, before: Path, tmp_path: Path) -> None:

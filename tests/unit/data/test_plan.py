@@ -44,6 +44,7 @@ def test_packs_of_mixed_lengths_cost_the_same() -> None:
 def test_sizes_frames_and_strides() -> None:
     assert choose_size(1080, 1920, resolution="256px", multiple=16) == (192, 336)
     assert choose_size(1920, 1080, resolution="256px", multiple=16) == (336, 192)
+    assert choose_size(130, 80, resolution="64px", multiple=16) == (80, 48)
     assert choose_size(100, 130, resolution="manifest", multiple=16) == (96, 128)
     assert choose_frames(100, frame_counts=(129, 97, 65, 33, 1)) == 97
     assert [stride_to(fps, target_fps=24.0) for fps in (24.0, 25.0, 30.0, 60.0)] == [1, 2, 2, 3]
