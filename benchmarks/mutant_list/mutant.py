@@ -27,6 +27,7 @@ EVALUATION = "tests/unit/evaluation"
 DIFFUSION = ("tests/unit/diffusion",)
 PLAN = (f"{DATA}/test_plan.py", f"{DATA}/test_sampler.py", f"{DATA}/test_mix.py")
 REQUESTS = (f"{DATA}/test_requests.py",)
+PUBLISHED = ("tests/published",)
 RULES = (f"{CURATION}/test_rules.py",)
 POOL = (f"{CURATION}/test_pyramid_pool.py",)
 PYRAMID = (f"{CURATION}/test_pyramid.py",)

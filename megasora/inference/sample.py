@@ -19,7 +19,7 @@ from rich.progress import Progress
 from megasora.checkpoint.source import Select
 from megasora.config.errors import UserError
 from megasora.config.io import from_dict, to_dict
-from megasora.config.schema import FlowConfig, RunConfig, SampleConfig
+from megasora.config.schema import EncodersConfig, FlowConfig, RunConfig, SampleConfig
 from megasora.data.decoding.writer import contact_sheet, write_picture, write_video
 from megasora.inference.first_frames import FirstFrames, draw_first_frames
 from megasora.inference.given import check_sources
@@ -281,7 +281,7 @@ def _readable(requests: list[ClipRequest], world: World, *, one_by_one: bool) ->
     """
     reasons: list[Any] = [None]
     if dist.get_rank() == 0:
-        reasons = [[_reason(request, world.config.encoders.temporal_compression) for request in requests]]
+        reasons = [[_reason(request, world.config.encoders) for request in requests]]
     dist.broadcast_object_list(reasons, src=0)
     pairs = list(zip(requests, reasons[0], strict=True))
     bad = {request.row: reason for request, reason in pairs if reason is not None}
@@ -290,9 +290,9 @@ def _readable(requests: list[ClipRequest], world: World, *, one_by_one: bool) ->
     return [request for request, reason in pairs if reason is None], [Unusable(row=row, reason=reason) for row, reason in bad.items()]
 
 
-def _reason(request: ClipRequest, temporal_compression: int) -> str | None:
+def _reason(request: ClipRequest, encoders: EncodersConfig) -> str | None:
     try:
-        check_sources(request, temporal_compression=temporal_compression)
+        check_sources(request, encoders)
     except UserError as error:
         return str(error)
     return None

@@ -143,7 +143,7 @@ class Sampler:
         common = Common(kind=None, negative=negative, resolution=resolution, aspect=aspect, num_samples=1)
         (request,) = requests_of(row, number=0, config=session.config, common=common, folder=Path())
         session.check(request)
-        check_sources(request, temporal_compression=session.config.encoders.temporal_compression)
+        check_sources(request, session.config.encoders)
         latent, drawn = session.draw(request, session.prompt(request), on_step=on_step)
         pixels = session.decode(latent)
         return Clip(

@@ -230,3 +230,13 @@ def test_a_warning_to_every_process_saves_and_ends(tmp_path: Path) -> None:
     last = metrics(run_dir)[-1]
     assert [event["event"] for event in last["events"]] == ["checkpoint", "stop"]
     assert store.complete_checkpoints(run_dir / "checkpoints")[-1].step == last["step"]
+
+
+def test_columns_that_nobody_reads_are_named_once(pool: RankPool, straight: Path, tmp_path: Path) -> None:
+    lines = (straight / "assets" / "clips" / "train.csv").read_text().splitlines()
+    clips = straight / "assets" / "clips"
+    rows = [f"{clips}/{line},0.5,7" for line in lines[1:]]
+    (tmp_path / "m.csv").write_text("\n".join([f"{lines[0]},score_aes,vmaf_motion", *rows]) + "\n")
+    pool.run(1, train_on_rank, tiny_run(tmp_path / "run", steps=2, parallel=layout(), data={"manifest": str(tmp_path / "m.csv")}))
+    events = [event for record in metrics(tmp_path / "run") for event in record["events"] if event["event"] == "columns"]
+    assert events == [{"event": "columns", "unread": ["score_aes"]}]
