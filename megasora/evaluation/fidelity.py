@@ -25,6 +25,8 @@ DATA_RANGE = 255.0
 """Levels are those of the file, 0 to 255."""
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 """A Gaussian of sigma 1.5 in 11 pixels, covariances over n, k1 0.01, k2 0.03 (Wang et al. 2004, doi 10.1109/TIP.2003.819861)."""
+SHOWN = 40
+"""Clips that the table on the screen lists."""
 FRAMES_AT_ONCE = 8
 """Frames that are worked on together."""
 Measure = Literal["psnr", "ssim", "lpips"]
@@ -231,9 +233,11 @@ def render(found: Fidelity, *, seed: int = 0) -> None:
     summaries = found.summaries(seed=seed)
     names = [name for name in MEASURES if any(getattr(clip, name) is not None for clip in found.clips)]
     table = Table("clip", "frames", "size", *(f"{name} (dB)" if name == "psnr" else name for name in names))
-    for clip in found.clips:
+    for clip in found.clips[:SHOWN]:
         values = (_digits(name, getattr(clip, name)) for name in names)
         table.add_row(escape(clip.name), str(clip.num_frames), f"{clip.height}x{clip.width}", *values)
+    if len(found.clips) > SHOWN:
+        table.add_row(f"{len(found.clips) - SHOWN} more (--csv, --json)", *[""] * (2 + len(names)))
     table.add_section()
     rows = (("mean", "mean"), ("std", "std"), ("95 % from", "low"), ("95 % to", "high"))
     for title, attribute in rows if names else ():

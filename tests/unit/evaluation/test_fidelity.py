@@ -14,7 +14,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from megasora import cli
 from megasora.config.errors import UserError
 from megasora.data.decoding.writer import write_video
-from megasora.evaluation.fidelity import MEASURES, compare_pairs, pair_up, psnr_of
+from megasora.evaluation.fidelity import MEASURES, ClipFidelity, Fidelity, compare_pairs, pair_up, psnr_of, render
 from megasora.evaluation.files import ClipFacts, clip_facts, clips_in, runs_of_frames
 from tests.unit.evaluation.clips import noise, write_exact
 
@@ -179,3 +179,15 @@ def test_clips_as_we_write_them_are_read(tmp_path: Path) -> None:
 def test_psnr_of_one_level_by_hand() -> None:
     # 10 log10(255^2 / 1) = 48.1308036
     assert psnr_of(1.0) == pytest.approx(48.1308036, abs=1e-7)
+
+
+def test_a_long_table_is_cut_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    clips = tuple(
+        ClipFidelity(name=f"clip{k:03d}", num_frames=1, height=32, width=32, psnr=30.0 + k, ssim=None, lpips=None) for k in range(45)
+    )
+    render(Fidelity(clips=clips, skipped=()))
+    out = capsys.readouterr().out
+    assert "clip039" in out
+    assert "clip040" not in out
+    assert "5 more" in out
+    assert "52.00" in out  # the mean is of all: 30 + 44 / 2

@@ -117,7 +117,7 @@ def test_votes_through_the_page_come_out_of_the_file(tmp_path: Path, browser: An
     complaints: list[str] = []
     context = browser.new_context(viewport={"width": 1280, "height": 720}, accept_downloads=True)
     tab = opened(context, page / "index.html", complaints)
-    tab.wait_for_function("[...document.querySelectorAll('video')].every(v => v.readyState >= 2 && v.videoWidth === 96)")
+    tab.wait_for_function("[...document.querySelectorAll('video')].every(v => v.readyState >= 2 && v.videoWidth === 96 && !v.paused)")
     assert tab.text_content("#name") == entries[0]["pair"]
     tab.screenshot(path=str(tmp_path / "first.png"))
     tab.keyboard.press("1")
@@ -144,6 +144,15 @@ def test_votes_through_the_page_come_out_of_the_file(tmp_path: Path, browser: An
     (found,) = preferences([ballot])
     assert (found.a, found.b) == ("dark", "bright")
     assert (found.left.count, found.left.of, found.tie.count) == (1, 3, 1)
+
+
+def test_a_clip_that_cannot_be_played_says_so_and_the_other_one_plays(tmp_path: Path, browser: Any) -> None:
+    page = write_page(tmp_path / "page", pairs_of(tmp_path, 1), names=("dark", "bright"), seed=0)
+    (page.parent / "clips" / "0000_2.mp4").write_bytes(b"no video")
+    tab = opened(browser.new_context(), page, [])
+    tab.wait_for_selector("#right p")
+    assert tab.text_content("#right p") == "This browser cannot show this clip."
+    tab.wait_for_function("!document.querySelector('#left video').paused")
 
 
 def test_pictures_are_shown_too(tmp_path: Path, browser: Any) -> None:
