@@ -100,6 +100,12 @@ class Sampler:
         config = replace(config, encoders=replace(config.encoders, **folders), **chosen)  # type: ignore[arg-type]
         if beside is None:
             world = start(config)
+            if world.groups.count > 1:
+                wanted = config.parallel.model_parallel_size * config.sample.guidance_parallel
+                raise UserError(
+                    f"a Sampler draws one clip at a time: start TP x PP x CP x guidance_parallel = {wanted} rank(s); "
+                    "megasora sample deals a table out over more"
+                )
         else:
             ours, theirs = config, beside.session.world.config
             if (ours.parallel, ours.sample.guidance_parallel) != (theirs.parallel, theirs.sample.guidance_parallel):

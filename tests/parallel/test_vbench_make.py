@@ -14,7 +14,8 @@ from megasora.config.io import load_yaml
 from megasora.config.schema import ParallelConfig
 from megasora.evaluation.files import ClipFacts, clip_facts
 from megasora.evaluation.vbench.prompts import clip_seed
-from megasora.inference.sample import run_sample
+from megasora.inference.requests import Common
+from megasora.inference.sample import Wanted, run_sample
 from tests.parallel.runs import tiny_run, train_on_rank
 from tests.parallel.test_parity import layout
 from tests.pool import RankPool
@@ -51,7 +52,9 @@ def sample_on_rank(rank: int, run_dir: str, output: str, prompt: str, seed: int)
     """`megasora sample` on one rank of a pool."""
     config = load_yaml(Path(run_dir) / "config.yaml")
     weights = store.step_folder(Path(run_dir) / "checkpoints", 1)
-    run_sample(config, weights=weights, prompt=(prompt,), output=Path(output), seed=seed, **SIZE)
+    config = replace(config, sample=replace(config.sample, seed=seed, **SIZE))  # type: ignore[arg-type]
+    common = Common(kind=None, negative="", resolution=None, aspect=None, num_samples=1)
+    run_sample(config, Wanted(prompt=(prompt,), common=common), weights=weights, output=Path(output))
 
 
 @pytest.mark.slow
