@@ -42,6 +42,8 @@ class Wanted:
     end_image: Path | None = None
     video: Path | None = None
     common: Common
+    share: tuple[int, int] = (0, 1)
+    """(i, n): of the table, rows i, i + n, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +252,9 @@ def _requests(config: RunConfig, wanted: Wanted, remembered: dict[str, Any] | No
     if wanted.table is not None:
         if wanted.image or wanted.end_image or wanted.video:
             raise UserError("with --table, images and videos are columns of the table (image, end_image, video)")
-        return read_requests(wanted.table, config=config, common=wanted.common)
+        requests, unusable = read_requests(wanted.table, config=config, common=wanted.common)
+        task, tasks = wanted.share
+        return [r for r in requests if r.row % tasks == task], [one for one in unusable if one.row % tasks == task]
     here = Path()
     if remembered is not None:
         paths = {name: remembered["paths"].get(name) for name in ("image", "end_image", "video")}
