@@ -88,7 +88,8 @@ def test_a_folder_that_gives_no_weights_is_refused_with_the_cure(pool: RankPool,
     with pytest.raises(RankFailedError, match=r"are of another model: num_single_blocks 2 \(wanted 3\)"):
         pool.run(1, train_on_rank, other)
     with_condition = InitConfig(run=str(tmp_path / "cond"))
-    pool.run(1, train_on_rank, replace(stage(tmp_path / "cond", cond_embed=True), parallel=layout()))
+    trained = stage(tmp_path / "cond", cond_embed=True)  # before the first step the last layer is zero and lets no gradient through
+    pool.run(1, train_on_rank, replace(trained, parallel=layout(), train=replace(trained.train, steps=3)))
     with pytest.raises(RankFailedError, match=r"are of another model: cond_embed True \(wanted False\)"):
         pool.run(1, train_on_rank, replace(stage(tmp_path / "run", cond_embed=False, init=with_condition), parallel=layout()))
 
