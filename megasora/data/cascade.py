@@ -45,7 +45,7 @@ class Cascade:
         self._known: dict[tuple[int, int], tuple[Outcome, ...]] = {}
 
     def outcomes(self, *, available: int, pixels: int) -> tuple[Outcome, ...]:
-        """What may become of a clip, likeliest decisions of the cascade first; the rest to 1 is the probability that it is dropped.
+        """What may become of a clip, in the order in which the cascade tries it; the rest to 1 is the probability that it is dropped.
 
         Args:
             available: frames it has at its stride; 1 is an image.
