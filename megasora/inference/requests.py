@@ -231,6 +231,8 @@ def _rows(table: Path) -> list[Mapping[str, Any]]:
     import pyarrow as pa
     from pyarrow import csv, parquet
 
+    if not table.is_file():
+        raise UserError(f"cannot read {table}: there is no such file")
     try:
         if table.suffix == ".parquet":
             return list(parquet.read_table(table).to_pylist())
