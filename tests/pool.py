@@ -78,7 +78,6 @@ def _serve(rank: int, connection: Connection) -> None:
     from megasora.parallel import groups
 
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # gloo hands a message over between three threads: cheaper on one core
     connection.send(os.getpid())
     while True:
         try:
@@ -88,6 +87,8 @@ def _serve(rank: int, connection: Connection) -> None:
         if job is None:
             return
         module, name, store, world_size, args = job
+        # gloo hands a message over between three threads: cheaper on one core, where every core has a rank of its own to run
+        os.sched_setaffinity(0, {cores[rank % len(cores)]} if world_size > len(cores) else cores)
         try:
             for variable, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world_size)):
                 os.environ[variable] = str(value)
