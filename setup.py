@@ -40,15 +40,19 @@ CURATION = [
     "scenedetect-headless>=0.7",
 ]
 RAY = ["ray>=2.40"]
+SERVE = ["gradio>=6,<7"]
 EXTRAS = {
     "data": [*DALI, *CURATION],
     "ray": RAY,
+    "serve": SERVE,
     "gpu": [*DALI, "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
     "flash": ["flash-attn==2.8.3"],
     "dev": [
         *DALI,
         *CURATION,
         *RAY,
+        *SERVE,
+        "playwright",  # drives Debian's chromium; without one the test of the page is skipped
         "webdataset",
         "pytest",
         "pytest-timeout",
