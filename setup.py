@@ -41,9 +41,11 @@ CURATION = [
 ]
 RAY = ["ray>=2.40"]
 SERVE = ["gradio>=6,<7"]
+EVALUATE = ["scikit-image>=0.25"]
 EXTRAS = {
     "data": [*DALI, *CURATION],
     "ray": RAY,
+    "evaluate": EVALUATE,
     "serve": SERVE,
     "gpu": [*DALI, "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
     "flash": ["flash-attn==2.8.3"],
@@ -52,6 +54,10 @@ EXTRAS = {
         *CURATION,
         *RAY,
         *SERVE,
+        *EVALUATE,
+        "peft",  # writes the adapters that tests merge
+        "accelerate",
+        "torchmetrics",  # its parts of LPIPS and the published lin layers, which tests compare with
         "playwright",  # drives Debian's chromium; without one the test of the page is skipped
         "webdataset",
         "pytest",
@@ -74,7 +80,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megasora", "megasora.*"]),
-    package_data={"megasora": ["py.typed", "curation/*.j2"]},
+    package_data={"megasora": ["py.typed", "curation/*.j2", "evaluation/*.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megasora = megasora.cli:main"]},

@@ -26,8 +26,8 @@ from rich.table import Table
 from megasora import recipes
 from megasora.config.schema import RunConfig
 from megasora.data.manifest import read_manifest
-from megasora.data.pack_stats import BUCKET_BATCHES, PackStats, simulate_buckets, simulate_packs
-from megasora.data.plan import PlannedClip, SamplerState, assign_packs, next_step, plan_clips
+from megasora.data.pack_stats import PackStats, published_batch, simulate_buckets, simulate_packs
+from megasora.data.plan import Mix, PlannedClip, SamplerState, assign_packs, epoch_order, mix_of, next_step, plan_clips
 from megasora.parallel.pack import PackSplit, SampleShape
 
 ASPECTS = ((1080, 1920, 0.62), (720, 1280, 0.1), (1920, 1080, 0.12), (1080, 1440, 0.06), (1080, 1080, 0.06), (816, 1920, 0.04))
@@ -66,26 +66,34 @@ def plan_everything(config: RunConfig, manifest: Path) -> tuple[tuple[PlannedCli
     return clips, time.perf_counter() - started
 
 
-def plan_epoch(tokens: list[int], *, data_parallel_size: int, global_tokens: int, hidden_size: int) -> tuple[int, float]:
+def plan_epoch(tokens: list[int], *, data_parallel_size: int, global_tokens: int, hidden_size: int, mix: Mix | None) -> tuple[int, float]:
     """(steps, seconds) of planning every step of an epoch."""
     started, steps, state = time.perf_counter(), 0, SamplerState()
     while state.epoch == 0:
-        plan = next_step(tokens, state, seed=0, global_tokens=global_tokens)
+        plan = next_step(tokens, state, seed=0, global_tokens=global_tokens, mix=mix)
         assign_packs([tokens[i] for i in plan.samples], data_parallel_size=data_parallel_size, num_microbatches=1, hidden_size=hidden_size)
         state, steps = plan.state_after, steps + 1
     return steps, time.perf_counter() - started
 
 
 def rows_of(
-    resolution: str, clips: tuple[PlannedClip, ...], *, cp: int, budgets: tuple[int, ...], replicas: tuple[int, ...], steps: int
+    resolution: str,
+    clips: tuple[PlannedClip, ...],
+    *,
+    cp: int,
+    budgets: tuple[int, ...],
+    replicas: tuple[int, ...],
+    steps: int,
+    mix: Mix | None,
 ) -> list[dict[str, Any]]:
     """Ours and the buckets for each number of replicas."""
     shapes = [SampleShape(text_tokens=clip.text_tokens, grid=clip.grid) for clip in clips]
-    frames = [clip.num_frames for clip in clips]
+    sizes = [published_batch(clip.resolution, clip.num_frames, context_ranks=cp) for clip in clips]
     hidden = recipes.get("opensora2_stage1").model.hidden_size
+    taken = epoch_order(len(clips), seed=0, epoch=0, mix=mix).tolist()
     rows = []
     for dp in replicas:
-        bucket = simulate_buckets(shapes, frames, batch_sizes=BUCKET_BATCHES[resolution], replicas=dp, hidden_size=hidden)
+        bucket = simulate_buckets(shapes, sizes, replicas=dp, hidden_size=hidden, taken=taken)
         rows.append({"resolution": resolution, "replicas": dp, "scheme": "published buckets", **_figures(bucket), "gain": 1.0})
         for budget in budgets:
             ours = simulate_packs(
@@ -96,6 +104,7 @@ def rows_of(
                 hidden_size=hidden,
                 split=PackSplit(cp=cp),
                 steps=steps,
+                mix=mix,
             )
             gain = ours.efficiency / bucket.efficiency
             rows.append({"resolution": resolution, "replicas": dp, "scheme": f"packs, {budget:,} tokens", **_figures(ours), "gain": gain})
@@ -131,10 +140,12 @@ def main() -> None:
             ("opensora2_stage1", "256px", 1, (54_000, 27_000), (8, 28, 112, 224)),
             ("opensora2_stage3", "768px", 4, (320_000, 160_000), (2, 7, 28, 56)),
         ):
-            clips, seconds = plan_everything(recipes.get(recipe), manifest)
+            config = recipes.get(recipe)
+            clips, seconds = plan_everything(config, manifest)
+            mix = mix_of(clips, config.data)
             if resolution == "256px":
                 tokens = [clip.tokens for clip in clips]
-                steps, epoch_s = plan_epoch(tokens, data_parallel_size=224, global_tokens=54_000 * 224, hidden_size=3072)
+                steps, epoch_s = plan_epoch(tokens, data_parallel_size=224, global_tokens=54_000 * 224, hidden_size=3072, mix=mix)
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 planning = {
                     "samples": len(clips),
@@ -144,7 +155,7 @@ def main() -> None:
                     "peak_memory_gb": peak * 1024 / 1e9,
                     "memory_before_gb": before * 1024 / 1e9,
                 }
-            rows += rows_of(resolution, clips, cp=cp, budgets=budgets, replicas=replicas, steps=args.steps)
+            rows += rows_of(resolution, clips, cp=cp, budgets=budgets, replicas=replicas, steps=args.steps, mix=mix)
     table = Table("class", "replicas", "scheme", "tokens/replica", "busiest/mean", "p99", "padding", "fullest pack", "gain")
     for row in rows:
         table.add_row(

@@ -105,7 +105,7 @@ def write_cache(folder: Path, kind: Kind, *, total_bytes: int) -> int:
 def _clip(row: int) -> PlannedClip:
     config = recipes.get("opensora2_stage1")
     clip = Clip(id=str(row), path="", text="", num_frames=129, height=720, width=1280, fps=24.0, row=row)
-    return plan_clip(clip, data=config.data, encoders=config.encoders, patch_size=config.model.patch_size)
+    return plan_clip(clip, data=config.data, encoders=config.encoders, patch_size=config.model.patch_size, resolution="256px")
 
 
 def raw_ranges(folder: Path, cache: Cache) -> list[tuple[int, int, int]]:

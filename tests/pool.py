@@ -1,5 +1,5 @@
-"""A persistent pool of gloo ranks: importing torch and Megatron costs seconds, so processes are started once per session, when a job first
-needs them.
+"""A persistent pool of gloo ranks: importing torch and Megatron costs seconds, so one process of a pool does it, when a job first needs it,
+and the ranks are its forks.
 
 `pool.run(n, function, *args)` runs `function(rank, *args)` on ranks 0..n-1 as a world of n and returns their results in rank order.
 `function` is a module-level function of a test module; results and arguments are pickled over pipes.
@@ -7,11 +7,14 @@ needs them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -27,9 +30,14 @@ class RankFailedError(RuntimeError):
     """A rank raised; the message holds its traceback."""
 
 
-def _serve(rank: int, connection: Connection, paths: list[str], prepare: tuple[str, str] | None) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # gloo hands a message over between three threads: cheaper on one core
+def _seed(pipes: list[Connection], paths: list[str], prepare: tuple[str, str] | None) -> None:
+    """Import what ranks need once, then become each rank that is asked for: a rank is a fork of this process, which computes nothing.
+
+    Args:
+        pipes: this process's, then one for each rank.
+        paths: the parent's sys.path.
+        prepare: module and function to call before Megatron is imported.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path[:0] = [path for path in paths if path not in sys.path]
     import warnings
@@ -38,15 +46,40 @@ def _serve(rank: int, connection: Connection, paths: list[str], prepare: tuple[s
     if prepare is not None:
         getattr(importlib.import_module(prepare[0]), prepare[1])()
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    from megasora.parallel import groups
+    from megasora.parallel import groups  # noqa: F401 - Megatron
     from megasora.parallel.cpu import enable_cpu_backend
 
     enable_cpu_backend()
     gc.freeze()  # what is imported stays; collections look at what jobs leave
-    connection.send("ready")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended ranks leave no zombies
+    own, *of_ranks = pipes
+    while True:
+        try:
+            rank = own.recv()
+        except EOFError:  # the parent died
+            return
+        if rank is None:
+            return
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            own.close()
+            for number, pipe in enumerate(of_ranks):
+                if number != rank:
+                    pipe.close()
+            _serve(rank, of_ranks[rank])
+            os._exit(0)
+
+
+def _serve(rank: int, connection: Connection) -> None:
+    import torch.distributed as dist
+
+    from megasora.parallel import groups
+
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # gloo hands a message over between three threads: cheaper on one core
+    connection.send(os.getpid())
     while True:
         try:
             job = connection.recv()
@@ -88,21 +121,24 @@ class RankPool:
         self._folder = tempfile.TemporaryDirectory(prefix="megasora-pool-")
         self._jobs = 0
         self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
+        self._ranks: list[int] = []
+        """Process numbers of the ranks that were started."""
+        self._seed: Any = None
 
     def _start(self, world_size: int) -> None:
         """Start the ranks that are not there yet."""
-        context = mp.get_context("spawn")
-        started = range(len(self._pipes), world_size)
-        for rank in started:
-            ours, theirs = context.Pipe()
+        if self._seed is None:
+            context = mp.get_context("spawn")
+            ours, theirs = zip(*(context.Pipe() for _ in range(1 + self.size)), strict=True)
             # not daemonic: Megatron's checkpoint writer starts processes of its own
-            process = context.Process(target=_serve, args=(rank, theirs, list(sys.path), self._prepare), daemon=False)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        for rank in started:
-            assert self._pipes[rank].recv() == "ready"
+            self._seed = context.Process(target=_seed, args=(list(theirs), list(sys.path), self._prepare), daemon=False)
+            self._seed.start()
+            for pipe in theirs:
+                pipe.close()
+            self._orders, *self._pipes = ours
+        for rank in range(len(self._ranks), world_size):
+            self._orders.send(rank)
+            self._ranks.append(self._pipes[rank].recv())
 
     def run(self, world_size: int, function: Callable[..., Any], *args: object) -> list[Any]:
         """Results of `function(rank, *args)` on each rank.
@@ -133,11 +169,16 @@ class RankPool:
 
     def close(self) -> None:
         """End the ranks."""
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            if process.is_alive():
-                pipe.send(None)
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+        if self._seed is not None:
+            for pipe in self._pipes[: len(self._ranks)]:
+                with contextlib.suppress(OSError):
+                    pipe.send(None)
+            self._orders.send(None)
+            self._seed.join(5)
+            deadline = time.monotonic() + 5
+            while (alive := [pid for pid in self._ranks if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._folder.cleanup()

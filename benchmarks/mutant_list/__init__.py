@@ -6,11 +6,11 @@ test checks that every fragment still occurs exactly once and that the tests exi
 
 from __future__ import annotations
 
-from mutant_list import checkpoint, config, curation, data, diffusion, model, parallel, training
+from mutant_list import checkpoint, config, curation, data, diffusion, evaluation, model, parallel, training
 from mutant_list.mutant import Mutant
 
 __all__ = ["MUTANTS", "Mutant"]
 
 MUTANTS: tuple[Mutant, ...] = tuple(
-    mutant for part in (diffusion, training, model, parallel, checkpoint, data, curation, config) for mutant in part.MUTANTS
+    mutant for part in (diffusion, training, model, parallel, checkpoint, data, curation, config, evaluation) for mutant in part.MUTANTS
 )

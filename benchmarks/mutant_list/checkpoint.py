@@ -152,7 +152,24 @@ MUTANTS = (
         ("tests/unit/checkpoint/test_formats.py",),
     ),
     Mutant("LoRA's alpha ignored", "megasora/checkpoint/formats/lora.py", "return self.alpha / self.a.shape[0]", "return 1.0", LORA),
-    Mutant("LoRA's default alpha ignored", "megasora/checkpoint/formats/lora.py", ".get(name, default_alpha)", ".get(name)", LORA),
+    Mutant(
+        "LoRA's configured alpha ignored", "megasora/checkpoint/formats/lora.py", "alpha = settings.alpha_of(name)", "alpha = rank", LORA
+    ),
+    Mutant(
+        "a LoRA pattern is for whole names only",
+        "megasora/checkpoint/formats/lora_settings.py",
+        'rf"(.*\\.)?({pattern})$"',
+        'rf"({pattern})$"',
+        LORA,
+    ),
+    Mutant(
+        "rsLoRA's scale is plain LoRA's",
+        "megasora/checkpoint/formats/lora_settings.py",
+        "written * sqrt(self.rank_of(module)) if self.use_rslora else written",
+        "written",
+        LORA,
+    ),
+    Mutant("a header's LoRA configuration ignored", "megasora/checkpoint/export.py", "    if text is None:", "    if True:", LORA),
     Mutant("stacked LoRA pairs share columns", "megasora/checkpoint/formats/lora.py", "column += block.shape[1]", "column += 0", LORA),
     Mutant(
         "LoRA's scale ignored", "megasora/checkpoint/conversion_plan.py", "(scale * pair.scale) * (pair.b", "pair.scale * (pair.b", LORA

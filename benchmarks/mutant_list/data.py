@@ -5,9 +5,11 @@ from __future__ import annotations
 from mutant_list.mutant import (
     CACHE,
     DALI_GRAPH,
+    DATA,
     DECODE,
     LOADING,
     PLAN,
+    PUBLISHED,
     REQUESTS,
     SHARDS,
     Mutant,
@@ -50,7 +52,9 @@ MUTANTS = (
         "total < global_tokens",
         PLAN,
     ),
-    Mutant("resolution weights ignored", "megasora/data/plan.py", "weights.get(clip.resolution, 1.0)", "1.0", PLAN),
+    Mutant(
+        "resolution weights ignored", "megasora/data/plan.py", "weights.get(clip.resolution, clip.probability)", "clip.probability", PLAN
+    ),
     Mutant(
         "image and video weights swapped",
         "megasora/data/plan.py",
@@ -61,19 +65,19 @@ MUTANTS = (
     Mutant(
         "shape chosen from the uncropped picture",
         "megasora/data/plan.py",
-        "_, _, crop_width, crop_height = clip.crop or (0, 0, clip.width, clip.height)",
-        "crop_width, crop_height = clip.width, clip.height",
+        "_size_of(*_picture(clip),",
+        "_size_of(clip.height, clip.width,",
         REQUESTS,
     ),
     Mutant(
         "class chosen from the uncropped picture",
         "megasora/data/plan.py",
-        "_, _, width, height = clip.crop or (0, 0, clip.width, clip.height)",
-        "width, height = clip.width, clip.height",
+        "    height, width = _picture(clip)\n    if data.buckets",
+        "    height, width = clip.height, clip.width\n    if data.buckets",
         REQUESTS,
     ),
     Mutant("crop not asked for", "megasora/data/plan.py", "crop=clip.clip.crop,", "crop=None,", REQUESTS),
-    Mutant("start frame not asked for", "megasora/data/plan.py", "start=clip.clip.start_frame,", "start=0,", REQUESTS),
+    Mutant("start frame not asked for", "megasora/data/plan.py", "start=clip.clip.start_frame + offset,", "start=offset,", REQUESTS),
     Mutant(
         "stride not asked for",
         "megasora/data/plan.py",
@@ -83,9 +87,9 @@ MUTANTS = (
     ),
     Mutant(
         "frames at a stride rounded down",
-        "megasora/data/plan.py",
-        "(clip.num_frames - 1) // stride + 1",
-        "clip.num_frames // stride",
+        "megasora/data/buckets.py",
+        "else (num_frames - 1) // stride + 1",
+        "else num_frames // stride",
         REQUESTS,
     ),
     Mutant("caption says the file's frame rate", "megasora/data/plan.py", "self.clip.fps / self.stride", "self.clip.fps", REQUESTS),
@@ -132,15 +136,15 @@ MUTANTS = (
     Mutant(
         "stride to the faster rate",
         "megasora/data/buckets.py",
-        "math.ceil(fps / target_fps - 1e-6)",
-        "math.floor(fps / target_fps + 1e-6)",
+        "math.ceil(fps / target_fps - (1e-6",
+        "math.floor(fps / target_fps + (1e-6",
         PLAN,
     ),
     Mutant(
         "stride doubles by a rounding error",
         "megasora/data/buckets.py",
-        "math.ceil(fps / target_fps - 1e-6)",
-        "math.ceil(fps / target_fps)",
+        '(1e-6 if rule == "nearest" else 0)',
+        "0",
         REQUESTS,
     ),
     Mutant(
@@ -167,7 +171,9 @@ MUTANTS = (
         ("tests/unit/data/decoding/test_decode_pixels.py",),
     ),
     Mutant("frames before the start are given", "megasora/data/decoding/pyav.py", "if number < request.start:", "if False:", DECODE),
-    Mutant("stride ignored when decoding", "megasora/data/decoding/pyav.py", "% request.stride == 0", ">= 0", DECODE),
+    Mutant(
+        "stride ignored when decoding", "megasora/data/decoding/pyav.py", "if number == wanted[done]:", "if done < len(wanted):", DECODE
+    ),
     Mutant(
         "a corrupt frame is accepted",
         "megasora/data/decoding/pyav.py",
@@ -239,12 +245,12 @@ MUTANTS = (
     Mutant(
         "array tasks dealt out one off", "megasora/training/encode/run.py", "own = range(task, plan", "own = range(task + 1, plan", CACHE
     ),
-    Mutant("array's step ignored", "megasora/training/encode/plan.py", "- first) // step", "- first)", CACHE),
+    Mutant("array's step ignored", "megasora/config/array_task.py", "- first) // step", "- first)", CACHE),
     Mutant(
         "latent frames one too few",
         "megasora/data/cache/layout.py",
-        "frames = (num_frames - 1) // self.temporal_compression + 1",
-        "frames = num_frames // self.temporal_compression",
+        "frames = latent_frames(num_frames,",
+        "frames = latent_frames(num_frames - 1,",
         CACHE,
     ),
     Mutant(
@@ -253,5 +259,77 @@ MUTANTS = (
         "return self.work / self.time",
         "return self.time / self.work",
         ("tests/unit/data/test_pack_stats.py",),
+    ),
+    Mutant("clips of 0.8 x the pixels left out", "megasora/data/buckets.py", "LEAST_PIXELS = 0.8", "LEAST_PIXELS = 1.0", PUBLISHED),
+    Mutant(
+        "published aspect by ratio, not difference",
+        "megasora/data/buckets.py",
+        "abs(height / width - height_by_width(aspect))",
+        "abs(math.log(height / width / height_by_width(aspect)))",
+        PUBLISHED,
+    ),
+    Mutant(
+        "sizes not adjusted to the class's pixels",
+        "megasora/data/buckets.py",
+        "for down, right in changes)]",
+        "for down, right in ())]",
+        PUBLISHED,
+    ),
+    Mutant("a size of two aspects kept twice", "megasora/data/buckets.py", "if size not in sizes.values():", "if True:", PUBLISHED),
+    Mutant(
+        "published frames counted as ours", "megasora/data/buckets.py", 'num_frames // stride if rule == "published" else', "", PUBLISHED
+    ),
+    Mutant("the last start drawn too", "megasora/data/buckets.py", '+ (rule == "nearest"))', "+ 1)", PUBLISHED),
+    Mutant("a strided rate named unrounded", "megasora/data/buckets.py", "math.floor(fps / stride)", "fps / stride", PLAN),
+    Mutant("frames at the exact stride, not spread", "megasora/data/decoding/contract.py", "if self.span is None:", "if True:", DECODE),
+    Mutant("smallest class first", "megasora/data/cascade.py", "key=pixels_of, reverse=True)", "key=pixels_of)", PUBLISHED),
+    Mutant("shortest frame count first", "megasora/data/cascade.py", "sorted(own.items(), reverse=True)", "sorted(own.items())", PUBLISHED),
+    Mutant(
+        "an image that is not drawn leaves for good", "megasora/data/cascade.py", "reached *= 1 - probability", "reached = 0.0", PUBLISHED
+    ),
+    Mutant(
+        "a clip that is not drawn tries the next frame count",
+        "megasora/data/cascade.py",
+        "here *= skip",
+        "here -= here * probability",
+        PUBLISHED,
+    ),
+    Mutant(
+        "a clip past its last frame count leaves for good", "megasora/data/cascade.py", "reached = here + left", "reached = left", PUBLISHED
+    ),
+    Mutant(
+        "what no bucket keeps is taken at its last shape",
+        "megasora/data/plan.py",
+        "[(samples <= last) | mix.never_dropped[taken]]",
+        "",
+        PUBLISHED,
+    ),
+    Mutant(
+        "our motion column before the published one",
+        "megasora/data/manifest.py",
+        '("score_vmafmotion", "vmaf_motion", "motion")',
+        '("vmaf_motion", "score_vmafmotion", "motion")',
+        (f"{DATA}/test_manifest.py",),
+    ),
+    Mutant(
+        "a cache that starts elsewhere is accepted",
+        "megasora/data/cache/identity.py",
+        "temporal_start=data.temporal_start if with_latents else None",
+        "temporal_start=None",
+        ("tests/parallel/test_cached_feed.py",),
+    ),
+    Mutant(
+        "an earlier run's average left aside",
+        "megasora/training/start.py",
+        'has_ema and init.run_weights != "model"',
+        'has_ema and init.run_weights == "ema"',
+        ("tests/parallel/test_stages.py",),
+    ),
+    Mutant(
+        "an earlier run's oldest checkpoint",
+        "megasora/training/start.py",
+        "entries[-1].path",
+        "entries[0].path",
+        ("tests/parallel/test_stages.py",),
     ),
 )

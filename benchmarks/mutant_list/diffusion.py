@@ -96,8 +96,8 @@ MUTANTS = (
     Mutant(
         "v2v drawn for a clip as long as its condition",
         "megasora/diffusion/conditions.py",
-        '"v2v": V2V_FRAMES + 1}',
-        '"v2v": V2V_FRAMES}',
+        "return num_frames > (_v2v_frames(",
+        "return num_frames >= (_v2v_frames(",
         DIFFUSION,
     ),
     Mutant(
@@ -127,8 +127,8 @@ MUTANTS = (
     Mutant(
         "easy conditions as short as the others",
         "megasora/diffusion/conditions.py",
-        'V2V_EASY_FRAMES if kind.endswith("easy") else V2V_FRAMES\n',
-        "V2V_FRAMES\n",
+        '(V2V_EASY_FRAMES if kind.endswith("easy") else V2V_FRAMES)',
+        "V2V_FRAMES",
         DIFFUSION,
     ),
     Mutant(
@@ -139,10 +139,10 @@ MUTANTS = (
         DIFFUSION,
     ),
     Mutant(
-        "a condition that gives the whole clip allowed",
+        "conditions of a non-causal autoencoder as of a causal one",
         "megasora/diffusion/conditions.py",
-        "V2V_EASY_FRAMES + 1 if",
-        "V2V_EASY_FRAMES if",
+        "else V2V_FRAMES) - (not causal)",
+        "else V2V_FRAMES)",
         DIFFUSION,
     ),
     Mutant(

@@ -23,9 +23,11 @@ class Mutant:
 
 CURATION = "tests/unit/curation"
 DATA = "tests/unit/data"
+EVALUATION = "tests/unit/evaluation"
 DIFFUSION = ("tests/unit/diffusion",)
 PLAN = (f"{DATA}/test_plan.py", f"{DATA}/test_sampler.py", f"{DATA}/test_mix.py")
 REQUESTS = (f"{DATA}/test_requests.py",)
+PUBLISHED = ("tests/published",)
 RULES = (f"{CURATION}/test_rules.py",)
 POOL = (f"{CURATION}/test_pyramid_pool.py",)
 PYRAMID = (f"{CURATION}/test_pyramid.py",)
@@ -36,7 +38,7 @@ DECODE = (f"{DATA}/decoding/test_decode.py",)
 LOADING = (f"{DATA}/test_loading.py",)
 CONFIG = ("tests/unit/config",)
 PACK = ("tests/unit/parallel/test_pack.py",)
-LORA = ("tests/convert/test_lora.py",)
+LORA = ("tests/convert/test_lora.py", "tests/convert/test_lora_packages.py")
 ENCODERS = ("tests/unit/models/encoders/test_encoders.py",)
 LAYOUT = ("tests/unit/models/mmdit/test_layout.py",)
 MATHS = ("tests/unit/models/mmdit/test_maths.py",)

@@ -165,7 +165,10 @@ MUTANTS = (
     Mutant("draws the same every step", "megasora/training/feed.py", "step=planned.step)", "step=0)", DRAWS),
     Mutant("draws the same for all samples", "megasora/training/feed.py", "sample=sample, step", "sample=0, step", DRAWS),
     Mutant("noise draws the times' numbers", "megasora/training/feed.py", "Stream.NOISE)", "Stream.TIMESTEP)", DRAWS),
-    Mutant("condition draws the dropout's numbers", "megasora/training/feed.py", "Stream.CONDITION)))", "Stream.DROPOUT_T5)))", DRAWS),
+    Mutant(
+        "condition draws the dropout's numbers", "megasora/training/feed.py", "Stream.CONDITION)), self", "Stream.DROPOUT_T5)), self", DRAWS
+    ),
+    Mutant("the start draws the condition's numbers", "megasora/training/feed.py", "Stream.START)))", "Stream.CONDITION)))", DRAWS),
     Mutant(
         "shift from tokens, not latent pixels",
         "megasora/training/feed.py",

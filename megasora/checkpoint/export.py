@@ -20,6 +20,7 @@ from megasora.checkpoint.formats.lora import (
     looks_like_adapter,
     parse_adapter,
 )
+from megasora.checkpoint.formats.lora_settings import LoraSettings, parse_settings
 from megasora.checkpoint.formats.rules import FORMATS, Format
 from megasora.checkpoint.megatron_io import is_megatron_checkpoint
 from megasora.checkpoint.outputs import write_json
@@ -31,6 +32,11 @@ from megasora.config.files import refuse_existing, written_whole
 from megasora.config.schema import ModelConfig
 
 OnStart = Callable[[int, int], None]
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model"
+"""How PEFT names a configuration and the weights beside it (peft src/peft/utils/constants.py, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)."""
+DIFFUSERS_CONFIG = "lora_adapter_metadata"
+"""diffusers loaders/lora_base.py, LORA_ADAPTER_METADATA_KEY."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,29 +133,49 @@ def open_adapter(path: Path, *, model: ModelConfig | None) -> Adapter:
     reader = SafetensorsReader(path)
     if not looks_like_adapter(reader.infos):
         raise UserError(f"{path} is no LoRA adapter: no tensor is named lora_A, lora_B, lora_down or lora_up")
-    alphas, default = _peft_alphas(path if path.is_dir() else path.parent) if _is_peft(reader) else ({}, None)
-    return parse_adapter({key: reader.read(key) for key in reader.keys()}, alphas=alphas, default_alpha=default, model=model)
+    return parse_adapter({key: reader.read(key) for key in reader.keys()}, settings=_adapter_settings(path, reader), model=model)
 
 
-def _is_peft(reader: SafetensorsReader) -> bool:
-    return any(key.startswith("base_model.model.") for key in reader.infos)
-
-
-def _peft_alphas(folder: Path) -> tuple[dict[str, float], float | None]:
-    """(alpha by module, default alpha) of PEFT's adapter_config.json.
+def _adapter_settings(path: Path, reader: SafetensorsReader) -> LoraSettings | None:
+    """Ranks and alphas of an adapter: PEFT's adapter_config.json beside it, or the table that diffusers writes into the header.
 
     Raises:
-        UserError: there is none, it is damaged, or it asks for more than plain LoRA.
+        UserError: a PEFT adapter without its configuration, a damaged one, two that disagree, or more than plain LoRA.
     """
-    path = folder / "adapter_config.json"
+    header = _header_settings(path, reader.metadata.get(DIFFUSERS_CONFIG))
+    file = (path if path.is_dir() else path.parent) / PEFT_CONFIG
+    by_peft = all(part.path.name.startswith(PEFT_WEIGHTS) for part in reader.files)
+    if file.is_file() and (by_peft or any(key.startswith(PREFIXES["peft"]) for key in reader.infos)):
+        beside = parse_settings(_read_json(file), where=str(file))
+    elif header is None and any(key.startswith(PREFIXES["peft"]) for key in reader.infos):
+        raise UserError(f"a PEFT adapter keeps its alpha in {file}, which is missing")
+    else:
+        return header
+    if header is not None and header != beside:
+        raise UserError(f"{path} and {file} disagree about ranks or alphas; remove the one that is of another adapter")
+    return beside
+
+
+def _read_json(path: Path) -> Any:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for flag in ("use_dora", "use_rslora"):
-            if config.get(flag):
-                raise UserError(f"{path} sets {flag}, only plain LoRA is supported")
-        return {name: float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()}, float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"a PEFT adapter keeps its alpha in {path}, which cannot be read ({error})") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+
+
+def _header_settings(path: Path, text: str | None) -> LoraSettings | None:
+    """The configuration in a file's header; its names start with `transformer.` where a pipeline wrote it."""
+    if text is None:
+        return None
+    where = f"{path}: {DIFFUSERS_CONFIG}"
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON ({error})") from error
+    if isinstance(table, dict):
+        own = {name.removeprefix(PREFIXES["diffusers"]): value for name, value in table.items() if name.startswith(PREFIXES["diffusers"])}
+        table = own or table
+    return parse_settings(table, where=where)
 
 
 def export_adapter(source: Path, target: Path, *, naming: str) -> Conversion:
@@ -174,9 +200,7 @@ def export_adapter(source: Path, target: Path, *, naming: str) -> Conversion:
         with written_whole(target) as folder:
             folder.mkdir()
             write_safetensors(folder / "adapter_model.safetensors", tensors, metadata=metadata)
-            write_json(
-                folder / "adapter_config.json", _peft_config({name: (pair.a.shape[0], pair.alpha) for name, pair in modules.items()})
-            )
+            write_json(folder / PEFT_CONFIG, _peft_config({name: (pair.a.shape[0], pair.alpha) for name, pair in modules.items()}))
     else:
         write_safetensors(target, tensors, metadata=metadata)
     lines = (f"{adapter.naming} ({adapter.fmt} modules) -> {naming} ({FORMAT_OF[naming]} modules): {source} -> {target}",
@@ -185,15 +209,16 @@ def export_adapter(source: Path, target: Path, *, naming: str) -> Conversion:
 
 
 def _peft_config(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """adapter_config.json; ranks and alphas that differ from the first module's stand by module name."""
+    """adapter_config.json; ranks and alphas that differ from the first module's stand by whole module name (`^`: to PEFT a bare `proj_out`
+    would be that of every block too)."""
     rank, alpha = next(iter(modules.values()))
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(modules),
-        "rank_pattern": {name: own for name, (own, _) in modules.items() if own != rank},
-        "alpha_pattern": {name: own for name, (_, own) in modules.items() if own != alpha},
+        "rank_pattern": {f"^{name}": own for name, (own, _) in modules.items() if own != rank},
+        "alpha_pattern": {f"^{name}": own for name, (_, own) in modules.items() if own != alpha},
         "bias": "none",
         "use_dora": False,
         "use_rslora": False,

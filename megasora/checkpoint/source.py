@@ -51,7 +51,8 @@ class WeightSource:
     def fits(self, model: ModelConfig) -> list[str]:
         """Notes on what differs harmlessly from `model`.
 
-        A model with cond_in may start from weights without (it stays zero); distilled guidance is dropped when the model has none.
+        A model with cond_in may start from weights without (it stays zero), and one without from weights whose cond_in is all zero;
+        distilled guidance is dropped when the model has none.
 
         Raises:
             UserError: the weights are of another model.
@@ -63,7 +64,9 @@ class WeightSource:
             notes.append("guidance_in is dropped")
         comparable = replace(self.model, cond_embed=model.cond_embed, guidance_embed=model.guidance_embed, patch_size=model.patch_size)
         lacks_guidance = model.guidance_embed and not self.model.guidance_embed
-        extra_cond = self.model.cond_embed and not model.cond_embed
+        extra_cond = self.model.cond_embed and not model.cond_embed and self._has_trained_cond()
+        if self.model.cond_embed and not model.cond_embed and not extra_cond:
+            notes.append("cond_in, all zero, is dropped")
         if comparable != model or lacks_guidance or extra_cond:
             different = [
                 f"{name} {getattr(self.model, name)} (wanted {getattr(model, name)})"
@@ -72,6 +75,9 @@ class WeightSource:
             ]
             raise UserError(f"weights {self.path} are of another model: {', '.join(different)}; change --model.* or give other weights")
         return notes
+
+    def _has_trained_cond(self) -> bool:
+        return any(bool(self.read(key).any()) for key in self.shapes if key.startswith("cond_in."))
 
 
 def open_source(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megasora.config.latent_frames import latent_frames
 from megasora.config.schema import RunConfig
 
 FP8_ROW_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
@@ -29,14 +30,29 @@ class PackTokens:
 
 
 def largest_sample(config: RunConfig) -> int | None:
-    """Video tokens of the longest clip of the largest resolution class; None when clips keep their own size."""
-    classes = [name for name, weight in config.data.resolution_mix if weight > 0] or [config.data.resolution]
-    sides = [name.removesuffix("px") for name in classes]
-    if not all(side.isdigit() for side in sides):
+    """Video tokens of the largest clip: the longest of the largest resolution class, or the largest pair of data.bucket_mix; None when
+    clips keep their own size."""
+    data, encoders = config.data, config.encoders
+    names = [name for name, weight in data.resolution_mix if weight > 0] or [data.resolution]
+    pairs = [(name, max(data.frame_counts)) for name in names]
+    if data.bucket_mix:
+        pairs = [(name, frames) for name, frames, probability, _ in data.bucket_mix if probability > 0 and frames in data.frame_counts]
+    sides = {name: _side(name) for name, _ in pairs}
+    if not all(sides.values()):
         return None
-    per_side = max(map(int, sides)) // (config.encoders.spatial_compression * config.model.patch_size)
-    frames = (max(config.data.frame_counts) - 1) // config.encoders.temporal_compression + 1
-    return frames * per_side**2
+    unit = encoders.spatial_compression * config.model.patch_size
+    return max(
+        latent_frames(frames, compression=encoders.temporal_compression, causal=encoders.causal) * int(sides[name] / unit) ** 2
+        for name, frames in pairs
+    )
+
+
+def _side(resolution: str) -> float:
+    """Side in pixels of a square clip of a class ('256px', or '480p': 480 lines of 16:9); 0 when it is none."""
+    side = resolution.removesuffix("px").removesuffix("p")
+    if not side.isdecimal() or side == resolution:
+        return 0.0
+    return float(side) if resolution.endswith("px") else float(side) * 4 / 3
 
 
 def fullest_pack(config: RunConfig, *, world_size: int) -> PackTokens:

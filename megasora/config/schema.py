@@ -160,17 +160,31 @@ class DataConfig:
     max_pack_tokens: int | None = None
     """Most tokens of a pack, over its TP x CP ranks (a memory limit); steps that need it take more micro-batches. None sets no limit."""
     resolution: str = "256px"
-    """Resolution class whose table of sizes is used ('256px', '768px', or 'manifest' for the clips' own sizes rounded down)."""
+    """Resolution class whose sizes are used: '256px' (256 x 256 pixels in every aspect) or '480p' (480 lines of 16:9), any number;
+    'manifest' for the clips' own sizes rounded down; 'mix' where bucket_mix says which."""
     resolution_mix: tuple[tuple[str, float], ...] = ()
     """(class, weight) pairs instead of `resolution`: each time a clip is taken, its class is drawn among those that do not enlarge it."""
+    buckets: Literal["nearest", "published"] = "nearest"
+    """How a clip gets its size, frame count and frames. nearest: the nearest aspect in ratio, frames at the exact stride, the smallest
+    class takes clips of any size. published: Open-Sora's rule (opensora/datasets/{aspect,bucket,utils}.py): the aspect class with the
+    nearest height / width, num_frames // stride frames there to choose from, frames spread evenly over count x stride, and no clip of fewer
+    than 0.8 x the class's pixels."""
+    bucket_mix: tuple[tuple[str, int, float, float], ...] = ()
+    """(class, frames, probability, skip) of Open-Sora's bucket_config, with resolution mix and buckets published: each time a clip is taken
+    the classes are tried by descending pixels. An image stays with `probability`. A clip tries the frame counts it fills by descending
+    count: it moves on to the next count with `skip` (0 draws nothing), else stays with `probability`, else leaves the class. A clip that no
+    class keeps is left out this time."""
     image_weight: float = 1.0
     """Times an image is taken per epoch, on average (2.5: twice or three times; 0.5: every other epoch)."""
     video_weight: float = 1.0
     """Times a clip of more than one frame is taken per epoch, on average."""
     frame_counts: tuple[int, ...] = (129, 97, 65, 33, 1)
-    """Allowed frame counts, longest first; a clip takes the longest it can fill."""
+    """Allowed frame counts, longest first; a clip takes the longest it can fill. With bucket_mix, which of its entries are used."""
     target_fps: float = 24.0
-    """Clips are strided by the smallest whole number that brings them to at most this rate."""
+    """Clips are strided by the smallest whole number that brings them to at most this rate (Open-Sora's fps_max)."""
+    temporal_start: Literal["first", "random"] = "first"
+    """Where in a longer clip its frames begin: at its first frame, or drawn each time the clip is taken (Open-Sora's temporal_random_crop).
+    A cache of latents holds one start of each clip, drawn when it was encoded."""
     text_tokens: int = 512
     """Length L of the text embedding (padded, no mask)."""
     decoder: Literal["auto", "pyav", "dali", "mixed"] = "auto"
@@ -185,9 +199,9 @@ class DataConfig:
     encode_ahead: bool | None = None
     """Encode or read the next step's clips in a thread, on a CUDA stream of its own, while a step trains: the encoders' memory adds to the
     model's. None: on CUDA; on the CPU the thread would take the cores that train."""
-    dropout_t5: float = 0.316
+    dropout_t5: float = 0.31622777
     """Probability that a sample trains without its T5 text. Open-Sora configs/diffusion/train: dropout_ratio t5."""
-    dropout_clip: float = 0.316
+    dropout_clip: float = 0.31622777
     """Probability that a sample trains without its CLIP vector, independent of dropout_t5."""
 
 
@@ -204,13 +218,13 @@ class ConditionConfig:
     i2v_tail: float = 0.0
     """Weight of samples conditioned on their last frame."""
     v2v_head: float = 0.0
-    """Weight of samples conditioned on their first 33 frames."""
+    """Weight of samples conditioned on their first 33 frames (32 where encoders.causal is False)."""
     v2v_tail: float = 0.0
-    """Weight of samples conditioned on their last 33 frames."""
+    """Weight of samples conditioned on their last 33 frames (32 where encoders.causal is False)."""
     v2v_head_easy: float = 0.0
-    """Weight of samples conditioned on their first 65 frames."""
+    """Weight of samples conditioned on their first 65 frames (64 where encoders.causal is False)."""
     v2v_tail_easy: float = 0.0
-    """Weight of samples conditioned on their last 65 frames."""
+    """Weight of samples conditioned on their last 65 frames (64 where encoders.causal is False)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +255,9 @@ class EncodersConfig:
     """Latent that training takes from the autoencoder: the posterior's mean, or a sample drawn anew each time a clip is taken."""
     temporal_compression: int = 4
     """Video frames per latent frame."""
+    causal: bool = True
+    """Whether the autoencoder gives frame 0 a latent frame of its own (HunyuanVideo: 4k+1 frames) or not (video DC-AE: 4k frames).
+    Open-Sora configs/diffusion/train: is_causal_vae."""
     spatial_compression: int = 8
     """Pixels per latent pixel."""
     tile_size: int = 256
@@ -292,6 +309,12 @@ class InitConfig:
 
     weights: str | None = None
     """Weights of any supported format to start from; ignored with a notice on resume."""
+    run: str | None = None
+    """Folder of an earlier run whose newest complete checkpoint gives the weights, instead of `weights`; ignored on resume, as they are."""
+    run_weights: Literal["auto", "model", "ema"] = "auto"
+    """Which weights of that run: the trained ones, or their moving average; auto takes the average where the run kept one."""
+    follows: str | None = None
+    """Recipe that this stage goes on from; a start from another run or from nothing is said in the log."""
     seed: int = 1024
     """Seed of the random initialisation."""
 

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
+from megasora.config.data_checks import check_buckets, check_start
 from megasora.config.errors import UserError
+from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
 from megasora.config.memory import memory_estimate
 from megasora.config.memory_cure import GPU_BYTES, memory_cure
 from megasora.config.parameters import modulation_parameters
+from megasora.config.problem import Check, Problem
 from megasora.config.schema import RunConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One thing that cannot work."""
-
-    field: str
-    message: str
-    cure: str
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.message}; {self.cure}"
-
-
-Check = Callable[[RunConfig, int], Iterator[Problem]]
 
 
 def divisors(number: int) -> list[int]:
@@ -246,11 +233,13 @@ def _data(config: RunConfig, world_size: int) -> Iterator[Problem]:
         yield Problem(field="condition", message=f"weights {weights} must be non-negative with a positive sum", cure="set condition.t2v 1")
     if not config.model.cond_embed and any(weight > 0 for kind, weight in weights.items() if kind != "t2v"):
         yield Problem(field="condition", message="image conditions need model.cond_embed", cure="set the other weights to 0")
-    ratio = config.encoders.temporal_compression
-    bad = [n for n in data.frame_counts if n < 1 or (n - 1) % ratio]
+    ratio, causal = config.encoders.temporal_compression, config.encoders.causal
+    bad = [n for n in data.frame_counts if not is_frame_count(n, compression=ratio, causal=causal)]
     if bad or not data.frame_counts:
         yield Problem(
-            field="data.frame_counts", message=f"{bad or 'empty'}: counts are 1 or {ratio}k+1", cure=f"for example {ratio * 8 + 1}"
+            field="data.frame_counts",
+            message=f"{bad or 'empty'}: counts are {frame_rule(compression=ratio, causal=causal)}",
+            cure=f"for example {ratio * 8 + causal}",
         )
     for name in ("dropout_t5", "dropout_clip"):
         if not 0 <= getattr(data, name) <= 1:
@@ -355,12 +344,12 @@ def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
                 message=f"{getattr(config.sample, name)} is not a multiple of {unit}",
                 cure=f"use {max(1, round(getattr(config.sample, name) / unit)) * unit}",
             )
-    ratio = config.encoders.temporal_compression
-    if config.sample.num_frames < 1 or (config.sample.num_frames - 1) % ratio:
+    ratio, causal = config.encoders.temporal_compression, config.encoders.causal
+    if not is_frame_count(config.sample.num_frames, compression=ratio, causal=causal):
         yield Problem(
             field="sample.num_frames",
-            message=f"{config.sample.num_frames} is not 1 or {ratio}k+1",
-            cure=f"use {max(0, config.sample.num_frames - 1) // ratio * ratio + 1}",
+            message=f"{config.sample.num_frames} is not {frame_rule(compression=ratio, causal=causal)}",
+            cure=f"use {nearest_frame_count(config.sample.num_frames, compression=ratio, causal=causal)}",
         )
 
 
@@ -382,7 +371,20 @@ def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
     )
 
 
-CHECKS: tuple[Check, ...] = (_layout, _model, _schedule, _precision, _zero, _data, _cache, _tiles, _numbers, _sample)
+CHECKS: tuple[Check, ...] = (
+    _layout,
+    _model,
+    _schedule,
+    _precision,
+    _zero,
+    _data,
+    check_buckets,
+    _cache,
+    _tiles,
+    _numbers,
+    check_start,
+    _sample,
+)
 
 
 def problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> list[Problem]:
@@ -414,9 +416,9 @@ def refuse_missing_autoencoder(config: RunConfig) -> None:
     """Refuse to train a model whose autoencoder is not part of this version.
 
     Raises:
-        UserError: the run needs the video DC-AE (32x spatial compression).
+        UserError: the run needs the video DC-AE (32x spatial compression, not causal).
     """
-    if config.encoders.spatial_compression == 32:
+    if config.encoders.spatial_compression == 32 or not config.encoders.causal:
         raise UserError(
             f"recipe {config.recipe} needs the video DC-AE (dc-ae-f32t4c128), which this version does not have; "
             "it can be shown, validated and counted, train another recipe"

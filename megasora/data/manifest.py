@@ -1,7 +1,7 @@
 """The manifest: a csv or parquet table of clips, checked row by row. Bad rows are skipped, counted and named; a bad table is refused.
 
-Columns (Open-Sora's): path, text, num_frames, height, width, aspect_ratio, resolution, fps; optional id, media, start_frame, end_frame,
-crop_x, crop_y, crop_w, crop_h, motion scores. Relative paths count from the manifest.
+Columns (Open-Sora's): path, text, num_frames, height, width, aspect_ratio, resolution, fps; optional id, start_frame, end_frame, crop_x,
+crop_y, crop_w, crop_h, motion scores. Relative paths count from the manifest. Other columns are named in `Manifest.unread`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 
 REQUIRED = ("path", "text", "num_frames", "height", "width", "fps")
 """Columns no clip can do without (aspect_ratio and resolution follow from height and width)."""
-MOTION_COLUMNS = ("vmaf_motion", "motion")
-"""Columns a motion score is read from, the first that is there."""
+MOTION_COLUMNS = ("score_vmafmotion", "vmaf_motion", "motion")
+"""Columns a motion score is read from, the first that has one: the published tables' (hpcaitech/Open-Sora opensora/datasets/datasets.py,
+which reads no other score), ours, and a plain name."""
+KNOWN = (
+    *REQUIRED,
+    *MOTION_COLUMNS,
+    *("aspect_ratio", "resolution"),
+    *("id", "start_frame", "end_frame", "crop_x", "crop_y", "crop_w", "crop_h"),
+)
+"""Columns that have a meaning here; aspect_ratio and resolution are computed again from height and width."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +45,7 @@ class Clip:
     height: int
     width: int
     fps: float
+    """nan where the table does not say; a caption then names no rate."""
     start_frame: int = 0
     crop: tuple[int, int, int, int] | None = None
     """(x, y, width, height) in source pixels, cut before resizing."""
@@ -61,6 +70,8 @@ class Manifest:
     skipped: tuple[SkippedRow, ...]
     sha256: str
     """Hash of the file: a resume on another table is noticed."""
+    unread: tuple[str, ...] = ()
+    """Columns that nothing here reads, in the table's order."""
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -88,7 +99,8 @@ def read_manifest(path: str | Path) -> Manifest:
     if not clips:
         first = f" (row {skipped[0].row}: {skipped[0].reason})" if skipped else ""
         raise UserError(f"manifest {path} has no usable row{first}")
-    return Manifest(clips=tuple(clips), skipped=tuple(skipped), sha256=hashlib.sha256(content).hexdigest())
+    unread = tuple(column for column in columns if column not in KNOWN)
+    return Manifest(clips=tuple(clips), skipped=tuple(skipped), sha256=hashlib.sha256(content).hexdigest(), unread=unread)
 
 
 def _read_table(path: Path) -> tuple[Iterator[tuple[int, Mapping[str, Any]]], list[str], list[SkippedRow]]:
@@ -140,15 +152,15 @@ def _clip(row: Mapping[str, Any], number: int, folder: Path) -> Clip:
     frames = int(_number(row, "num_frames"))
     end = _number(row, "end_frame", default=float(start + frames))
     num_frames = min(frames, int(end) - start)
-    height, width, fps = int(_number(row, "height")), int(_number(row, "width")), _number(row, "fps", default=1.0)
-    if num_frames < 1 or height < 1 or width < 1 or not fps > 0 or start < 0:
+    height, width, fps = int(_number(row, "height")), int(_number(row, "width")), _number(row, "fps", default=math.nan)
+    if num_frames < 1 or height < 1 or width < 1 or fps <= 0 or start < 0:
         raise ValueError(f"num_frames {num_frames}, height {height}, width {width}, fps {fps} and start {start} must be positive")
     crop = None
     if row.get("crop_w") not in (None, ""):
         crop = tuple(int(_number(row, f"crop_{part}")) for part in ("x", "y", "w", "h"))
         if crop[0] < 0 or crop[1] < 0 or crop[2] < 1 or crop[3] < 1 or crop[0] + crop[2] > width or crop[1] + crop[3] > height:
             raise ValueError(f"crop {crop} does not lie inside {width}x{height}")
-    motion = next((_number(row, column) for column in MOTION_COLUMNS if row.get(column) not in (None, "")), None)
+    motion = next((_number(row, column) for column in MOTION_COLUMNS if not _is_empty(row.get(column))), None)
     return Clip(
         id=str(row.get("id") or number),
         path=str(folder / path),
@@ -164,14 +176,19 @@ def _clip(row: Mapping[str, Any], number: int, folder: Path) -> Clip:
     )
 
 
+def _is_empty(value: object) -> bool:
+    """Nothing, or the 'nan' that pandas writes for it."""
+    return value in (None, "") or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and value.lower() == "nan")
+
+
 def _number(row: Mapping[str, Any], column: str, *, default: float | None = None) -> float:
     value = row.get(column)
-    if value in (None, ""):
+    if _is_empty(value):
         if default is None:
             raise ValueError(f"{column} is empty")
         return default
     try:
-        number = float(value)
+        number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ValueError(f"{column} is not a number: {value!r}") from None
     if not math.isfinite(number):

@@ -17,15 +17,29 @@ from numpy.typing import NDArray
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
 from megasora.data.manifest import read_manifest
-from megasora.data.plan import Mix, SamplerState, assign_packs, mix_of, next_step, plan_clips, sample_cost
+from megasora.data.plan import Mix, SamplerState, assign_packs, epoch_order, mix_of, next_step, plan_clips, sample_cost
 from megasora.parallel.pack import PackSplit, SampleShape
 
-BUCKET_BATCHES: dict[str, dict[int, int]] = {
-    "256px": {1: 45, 33: 12, 65: 6, 97: 4, 129: 3},
-    "768px": {1: 38, 33: 6, 65: 4, 97: 3, 129: 2},
+BUCKET_BATCHES: dict[int, dict[str, dict[int, int]]] = {
+    1: {"256px": {1: 45, 33: 12, 65: 6, 97: 4, 129: 3}, "768px": {1: 13}, "1024px": {1: 7}},
+    4: {"256px": {1: 195, 33: 80, 65: 40, 97: 28, 129: 23}, "768px": {1: 38, 33: 10, 65: 5, 97: 3, 129: 2}},
 }
-"""Samples per GPU (256px) or per context group of 4 (768px) by longest frame count; Open-Sora 2.0 report, table 2, and its released
-configs/diffusion/train (bucket_config)."""
+"""Context ranks -> class -> longest frame count -> samples of a batch, which those ranks share: bucket_config of hpcaitech/Open-Sora
+configs/diffusion/train/stage1.py and stage2_i2v.py. The Open-Sora 2.0 report, section 4, has 6 and 4 of 768px with 33 and 65 frames."""
+
+
+def published_batch(resolution: str, num_frames: int, *, context_ranks: int) -> int:
+    """Samples of a published batch.
+
+    Raises:
+        UserError: there is no such bucket.
+    """
+    sizes = BUCKET_BATCHES.get(context_ranks, {}).get(resolution, {})
+    bound = num_frames if num_frames == 1 else min((bound for bound in sizes if bound >= num_frames), default=0)
+    if bound not in sizes:
+        known = "; ".join(f"CP {ranks}: {', '.join(classes)}" for ranks, classes in BUCKET_BATCHES.items())
+        raise UserError(f"there is no published batch size for {num_frames} frames of {resolution} at CP {context_ranks}, only for {known}")
+    return sizes[bound]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,32 +164,33 @@ def simulate_packs(
 
 
 def simulate_buckets(
-    shapes: Sequence[SampleShape], frames: Sequence[int], *, batch_sizes: dict[int, int], replicas: int, hidden_size: int, seed: int = 0
+    shapes: Sequence[SampleShape],
+    sizes: Sequence[int],
+    *,
+    replicas: int,
+    hidden_size: int,
+    seed: int = 0,
+    taken: Sequence[int] | None = None,
 ) -> PackStats:
     """One epoch of the published scheme: batches of one shape each, shuffled, `replicas` of them a step.
 
     A bucket's last batch may be short, and the last step may leave replicas idle: no sample is dropped, as in ours.
 
     Args:
-        shapes, frames: token counts and frame counts of every sample.
-        batch_sizes: samples per batch by frame count.
+        shapes: token counts of every sample.
+        sizes: samples of a batch of each sample's bucket.
         replicas: data-parallel replicas.
         hidden_size: of the model.
         seed: of the order of samples and batches.
-
-    Raises:
-        UserError: a frame count without a batch size.
+        taken: samples of the epoch, by number; None takes each once.
     """
-    unknown = sorted(set(frames) - batch_sizes.keys())
-    if unknown:
-        raise UserError(f"the bucket scheme has no batch size for {unknown} frames, only for {sorted(batch_sizes)}")
     generator = np.random.default_rng(seed)
     buckets: dict[tuple[int, tuple[int, int, int]], list[int]] = {}
-    for sample in generator.permutation(len(shapes)).tolist():
-        buckets.setdefault((frames[sample], shapes[sample].grid), []).append(sample)
+    for sample in generator.permutation(range(len(shapes)) if taken is None else taken).tolist():
+        buckets.setdefault((sizes[sample], shapes[sample].grid), []).append(sample)
     batches: list[tuple[int, int]] = []
-    for (count, _), samples in buckets.items():
-        size, tokens = batch_sizes[count], shapes[samples[0]].tokens
+    for (size, _), samples in buckets.items():
+        tokens = shapes[samples[0]].tokens
         batches += [(len(samples[start : start + size]), tokens) for start in range(0, len(samples), size)]
     order: NDArray[np.int64] = generator.permutation(len(batches))
     sums = _Sums(replicas)
@@ -203,14 +218,10 @@ def stats_of_run(config: RunConfig, manifest: Path, *, replicas: int, steps: int
         UserError: no usable clip, or a resolution without published buckets.
     """
     data, parallel = config.data, config.parallel
-    if buckets and (data.resolution_mix or data.image_weight != 1 or data.video_weight != 1):
-        raise UserError("the published buckets know no mix; leave out --buckets, or data.resolution_mix and the weights")
-    if buckets and data.resolution not in BUCKET_BATCHES:
-        raise UserError(f"there are no published buckets for {data.resolution}, only for {', '.join(BUCKET_BATCHES)}")
     table = read_manifest(manifest)
     clips, unfit = plan_clips(table.clips, data=data, encoders=config.encoders, model=config.model)
     shapes = [SampleShape(text_tokens=clip.text_tokens, grid=clip.grid) for clip in clips]
-    hidden = config.model.hidden_size
+    hidden, mix = config.model.hidden_size, mix_of(clips, data)
     packs = simulate_packs(
         shapes,
         data_parallel_size=replicas,
@@ -220,20 +231,22 @@ def stats_of_run(config: RunConfig, manifest: Path, *, replicas: int, steps: int
         split=PackSplit(tp=parallel.tensor_model_parallel_size, cp=parallel.context_parallel_size),
         seed=config.train.seed,
         steps=steps,
-        mix=mix_of(clips, data),
+        mix=mix,
         max_pack_tokens=data.max_pack_tokens,
         microbatch_multiple=parallel.microbatch_multiple,
     )
     facts: dict[str, Any] = {
         "manifest": str(manifest),
-        "clips": len(clips),
+        "clips": len({clip.clip.row for clip in clips}),
         "skipped": [{"row": row.row, "reason": row.reason} for row in (*table.skipped, *unfit)],
         "replicas": replicas,
         "packs": {**asdict(packs), "efficiency": packs.efficiency},
     }
     if buckets:
-        frames = [clip.num_frames for clip in clips]
-        published = simulate_buckets(shapes, frames, batch_sizes=BUCKET_BATCHES[data.resolution], replicas=replicas, hidden_size=hidden)
+        ranks = parallel.context_parallel_size
+        sizes = [published_batch(clip.resolution, clip.num_frames, context_ranks=ranks) for clip in clips]
+        taken = epoch_order(len(clips), seed=config.train.seed, epoch=0, mix=mix).tolist()
+        published = simulate_buckets(shapes, sizes, replicas=replicas, hidden_size=hidden, taken=taken)
         facts["buckets"] = {**asdict(published), "efficiency": published.efficiency}
         facts["gain"] = packs.efficiency / published.efficiency
     return facts

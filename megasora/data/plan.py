@@ -8,16 +8,31 @@ how a step's samples fall into packs.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megasora.config.errors import UserError
 from megasora.config.schema import DataConfig, EncodersConfig, ModelConfig
-from megasora.data.buckets import choose_frames, choose_size, pixels_of, stride_to, token_grid
+from megasora.data.buckets import (
+    LEAST_PIXELS,
+    Rule,
+    available_frames,
+    choose_frames,
+    choose_size,
+    frame_span,
+    named_fps,
+    num_starts,
+    pixels_of,
+    stride_to,
+    token_grid,
+)
+from megasora.data.cascade import Cascade, Outcome
 from megasora.data.decoding.contract import DecodeRequest
 from megasora.data.manifest import Clip, SkippedRow
 
@@ -36,6 +51,14 @@ class PlannedClip:
     grid: tuple[int, int, int]
     """Video tokens along (time, height, width)."""
     text_tokens: int
+    probability: float = 1.0
+    """That the clip trains at this shape each time it is taken; with data.resolution_mix the weights say it instead."""
+    span: int | None = None
+    """Frames of the file that its frames are spread over evenly; None means the exact stride."""
+    num_starts: int = 1
+    """First frames there are to choose from (data.temporal_start)."""
+    named_fps: int | float | None = None
+    """Frame rate that its caption names."""
 
     @property
     def tokens(self) -> int:
@@ -45,28 +68,41 @@ class PlannedClip:
 
     @property
     def fps(self) -> float | None:
-        """Sampled frames per second; None for an image."""
-        return self.clip.fps / self.stride if self.num_frames > 1 else None
+        """Sampled frames per second; None for an image, and where the manifest does not say."""
+        return self.clip.fps / self.stride if self.num_frames > 1 and not math.isnan(self.clip.fps) else None
 
 
-def plan_clip(clip: Clip, *, data: DataConfig, encoders: EncodersConfig, patch_size: int, resolution: str | None = None) -> PlannedClip:
+def plan_clip(
+    clip: Clip,
+    *,
+    data: DataConfig,
+    encoders: EncodersConfig,
+    patch_size: int,
+    resolution: str | None = None,
+    num_frames: int | None = None,
+    probability: float = 1.0,
+) -> PlannedClip:
     """Shape a clip trains at.
 
     Args:
         clip: a row of the manifest.
         data, encoders, patch_size: the run's.
         resolution: class of sizes; None takes data.resolution.
+        num_frames: its frame count; None takes the longest of data.frame_counts that it fills.
+        probability: of this shape, each time the clip is taken.
 
     Raises:
         ValueError: it is too short for every allowed frame count, or larger than a pack's or a step's budget.
     """
-    stride = stride_to(clip.fps, target_fps=data.target_fps) if clip.num_frames > 1 else 1
-    num_frames = choose_frames((clip.num_frames - 1) // stride + 1, frame_counts=data.frame_counts)
+    stride = _stride_of(clip, data)
+    available = available_frames(clip.num_frames, stride, rule=data.buckets)
+    if num_frames is None:
+        num_frames = choose_frames(available, frame_counts=data.frame_counts, rule=data.buckets)
     if num_frames == 0:
         raise ValueError(f"{clip.num_frames} frames at stride {stride} fill none of {data.frame_counts}")
-    _, _, crop_width, crop_height = clip.crop or (0, 0, clip.width, clip.height)
     unit = encoders.spatial_compression * patch_size
-    height, width = _size_of(crop_height, crop_width, resolution or data.resolution, unit)
+    height, width = _size_of(*_picture(clip), resolution or data.resolution, unit, data.buckets)
+    span = frame_span(num_frames, stride, rule=data.buckets)
     planned = PlannedClip(
         clip=clip,
         num_frames=num_frames,
@@ -81,8 +117,13 @@ def plan_clip(clip: Clip, *, data: DataConfig, encoders: EncodersConfig, patch_s
             temporal_compression=encoders.temporal_compression,
             spatial_compression=encoders.spatial_compression,
             patch_size=patch_size,
+            causal=encoders.causal,
         ),
         text_tokens=data.text_tokens,
+        probability=probability,
+        span=span if data.buckets == "published" and stride > 1 < num_frames else None,
+        num_starts=num_starts(clip.num_frames, span, rule=data.buckets),
+        named_fps=named_fps(clip.fps, stride, target_fps=data.target_fps) if clip.num_frames > 1 else None,
     )
     if planned.tokens > data.global_tokens:
         raise ValueError(f"{planned.tokens} tokens exceed data.global_tokens {data.global_tokens}")
@@ -91,19 +132,61 @@ def plan_clip(clip: Clip, *, data: DataConfig, encoders: EncodersConfig, patch_s
     return planned
 
 
-def classes_of(clip: Clip, data: DataConfig) -> tuple[str, ...]:
-    """Resolution classes a clip may train at: those whose pixels it has, or the smallest when it has too few for all."""
-    if not data.resolution_mix:
-        return (data.resolution,)
-    names = sorted((name for name, weight in data.resolution_mix if weight > 0), key=pixels_of)
+def _stride_of(clip: Clip, data: DataConfig) -> int:
+    return stride_to(clip.fps, target_fps=data.target_fps, rule=data.buckets) if clip.num_frames > 1 else 1
+
+
+def _picture(clip: Clip) -> tuple[int, int]:
+    """(height, width) of what is trained on."""
     _, _, width, height = clip.crop or (0, 0, clip.width, clip.height)
+    return height, width
+
+
+def classes_of(clip: Clip, data: DataConfig) -> tuple[str, ...]:
+    """Resolution classes a clip may train at.
+
+    nearest: the one class whatever its pixels; of a mix those whose pixels it has, or the smallest when it has too few for all. published:
+    those of whose pixels it has 0.8 times, be it one class or a mix; there may be none.
+    """
+    names = sorted((name for name, weight in data.resolution_mix if weight > 0), key=pixels_of) or [data.resolution]
+    height, width = _picture(clip)
+    if data.buckets == "published":
+        return tuple(name for name in names if name == "manifest" or height * width >= pixels_of(name) * LEAST_PIXELS)
+    if not data.resolution_mix:
+        return tuple(names)
     return tuple(name for name in names if pixels_of(name) <= height * width) or (names[0],)
 
 
 @lru_cache(maxsize=4096)
-def _size_of(height: int, width: int, resolution: str, multiple: int) -> tuple[int, int]:
+def _size_of(height: int, width: int, resolution: str, multiple: int, rule: Rule) -> tuple[int, int]:
     """`choose_size`, once per source size: manifests hold few sizes and many clips."""
-    return choose_size(height, width, resolution=resolution, multiple=multiple)
+    return choose_size(height, width, resolution=resolution, multiple=multiple, rule=rule)
+
+
+def shapes_of(clip: Clip, data: DataConfig, *, cascade: Cascade | None = None) -> tuple[Outcome, ...]:
+    """Classes and frame counts a clip may train at; 0 frames where it fills none.
+
+    Args:
+        clip: a row of the manifest.
+        data: the run's.
+        cascade: of data.bucket_mix; None where that is empty.
+
+    Raises:
+        ValueError: it falls into no bucket, with the reason.
+    """
+    height, width = _picture(clip)
+    stride = _stride_of(clip, data)
+    available = available_frames(clip.num_frames, stride, rule=data.buckets)
+    if cascade is None:
+        frames = choose_frames(available, frame_counts=data.frame_counts, rule=data.buckets)
+        found = tuple(Outcome(name, frames, 1.0) for name in classes_of(clip, data))
+        reason = f"{height}x{width} is below {LEAST_PIXELS} x the pixels of every class"
+    else:
+        found = cascade.outcomes(available=available, pixels=height * width)
+        reason = f"{available} frames (at stride {stride}) of {height}x{width} fall into no bucket of data.bucket_mix"
+    if not found:
+        raise ValueError(reason)
+    return found
 
 
 def plan_clips(
@@ -111,17 +194,33 @@ def plan_clips(
 ) -> tuple[tuple[PlannedClip, ...], tuple[SkippedRow, ...]]:
     """Shapes of all clips that fit, and the ones that do not with the reason.
 
-    With data.resolution_mix a clip is there once for each of its classes, one after another; `mix_of` says how they are drawn.
+    With a mix a clip is there once for each shape it may get, one after another; `mix_of` says how they are drawn.
 
     Raises:
         UserError: none fits.
     """
     planned: list[PlannedClip] = []
     skipped: list[SkippedRow] = []
+    cascade = Cascade(data.bucket_mix, frame_counts=data.frame_counts) if data.bucket_mix else None
     for clip in clips:
-        for resolution in classes_of(clip, data):
+        try:
+            shapes = shapes_of(clip, data, cascade=cascade)
+        except ValueError as error:
+            skipped.append(SkippedRow(row=clip.row, reason=str(error)))
+            continue
+        for shape in shapes:
             try:
-                planned.append(plan_clip(clip, data=data, encoders=encoders, patch_size=model.patch_size, resolution=resolution))
+                planned.append(
+                    plan_clip(
+                        clip,
+                        data=data,
+                        encoders=encoders,
+                        patch_size=model.patch_size,
+                        resolution=shape.resolution,
+                        num_frames=shape.num_frames,
+                        probability=shape.probability,
+                    )
+                )
             except UserError:
                 raise
             except ValueError as error:
@@ -131,13 +230,19 @@ def plan_clips(
     return tuple(planned), tuple(skipped)
 
 
-def request_of(clip: PlannedClip) -> DecodeRequest:
-    """What to decode for a planned clip."""
+def request_of(clip: PlannedClip, *, offset: int = 0) -> DecodeRequest:
+    """What to decode for a planned clip.
+
+    Args:
+        clip: the planned clip.
+        offset: its first frame, below clip.num_starts.
+    """
     return DecodeRequest(
         path=clip.clip.path,
-        start=clip.clip.start_frame,
+        start=clip.clip.start_frame + offset,
         stride=clip.stride,
         num_frames=clip.num_frames,
+        span=clip.span,
         height=clip.height,
         width=clip.width,
         crop=clip.clip.crop,
@@ -162,16 +267,32 @@ class StepPlan:
     state_after: SamplerState
 
 
+class Taken(NamedTuple):
+    """A sample to decode or read."""
+
+    sample: int
+    """Number of the planned clip."""
+    offset: int = 0
+    """First of its frames, below its num_starts."""
+
+
+def start_of(clip: PlannedClip, *, uniform: float) -> int:
+    """One of a clip's first frames from a uniform number in (0, 1)."""
+    return min(int(uniform * clip.num_starts), clip.num_starts - 1)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mix:
-    """How often samples are taken: a clip some times per epoch, each time at one of its resolution classes."""
+    """How often samples are taken: a clip some times per epoch, each time at one of its shapes or, by the published mix, not at all."""
 
     first_sample: NDArray[np.int64]
     """Clip -> its first sample; its others follow."""
     times: NDArray[np.float64]
     """Clip -> times per epoch, on average."""
     cumulative: NDArray[np.float64]
-    """Sample -> clip number + summed share of the clip's classes up to and with this one."""
+    """Sample -> clip number + summed probability of the clip's shapes up to and with this one."""
+    never_dropped: NDArray[np.bool_]
+    """Clip -> whether its shapes' probabilities sum to 1."""
 
 
 def mix_of(clips: Sequence[PlannedClip], data: DataConfig) -> Mix | None:
@@ -180,19 +301,25 @@ def mix_of(clips: Sequence[PlannedClip], data: DataConfig) -> Mix | None:
     Raises:
         UserError: the weights leave nothing to train on.
     """
-    if not data.resolution_mix and data.image_weight == 1.0 == data.video_weight:
+    if not data.resolution_mix and not data.bucket_mix and data.image_weight == 1.0 == data.video_weight:
         return None
     rows = np.array([clip.clip.row for clip in clips])
     starts: NDArray[np.int64] = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
     weights = dict(data.resolution_mix)
-    share = np.array([weights.get(clip.resolution, 1.0) for clip in clips])
+    share = np.array([weights.get(clip.resolution, clip.probability) for clip in clips])
+    counts = np.diff(np.r_[starts, len(clips)])
+    clip_of = np.repeat(np.arange(len(starts)), counts)
     totals = np.add.reduceat(share, starts)
-    clip_of = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(clips)]))
-    running = np.cumsum(share) - np.repeat(np.r_[0.0, np.cumsum(totals)[:-1]], np.diff(np.r_[starts, len(clips)]))
+    if not data.bucket_mix:  # weights need not sum to 1, and what is too large leaves its share to the clip's other classes
+        share, totals = share / totals[clip_of], np.ones_like(totals)
+    running = share.copy()
+    for place in range(1, int(counts.max())):  # one sum per clip: a sum over all of them would round by their number
+        at = starts[counts > place] + place
+        running[at] += running[at - 1]
     times = np.array([data.image_weight if clips[start].num_frames == 1 else data.video_weight for start in starts.tolist()])
     if not times.any():
         raise UserError("data.image_weight and data.video_weight leave no clip to train on; raise one of them")
-    return Mix(first_sample=starts, times=times, cumulative=clip_of + running / totals[clip_of])
+    return Mix(first_sample=starts, times=times, cumulative=clip_of + running, never_dropped=totals > 1 - 1e-9)
 
 
 @lru_cache(maxsize=2)
@@ -204,8 +331,9 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int, mix: Mix | None = No
     clips = len(mix.times)
     taken = np.repeat(np.arange(clips), np.floor(mix.times + generator.random(clips)).astype(np.int64))
     samples = np.searchsorted(mix.cumulative, taken + generator.random(len(taken)), side="right")
-    last = np.r_[mix.first_sample[1:], num_samples][taken] - 1  # rounding of a sum of shares must not reach the next clip
-    return generator.permutation(np.minimum(samples, last))
+    last = np.r_[mix.first_sample[1:], num_samples][taken] - 1
+    # beyond its last shape a clip is dropped; where shapes leave nothing over, rounding of a sum must not reach the next clip
+    return generator.permutation(np.minimum(samples, last)[(samples <= last) | mix.never_dropped[taken]])
 
 
 def next_step(tokens: Sequence[int], state: SamplerState, *, seed: int, global_tokens: int, mix: Mix | None = None) -> StepPlan:

@@ -8,11 +8,18 @@ from __future__ import annotations
 import re
 
 
-def training_caption(text: str, *, fps: float | None, motion_score: float | None) -> str:
-    """`{text} {n} FPS, {m} motion score.` with each part only when known; fps is the sampled one."""
+def training_caption(text: str, *, fps: int | float | None, motion_score: float | None) -> str:
+    """`{text} {n} FPS, {m} motion score.` with each part only when known.
+
+    Args:
+        text: the caption.
+        fps: as it is named: a strided rate is a whole number (29.97 at stride 2: `14 FPS`), a file's own a float (`16.0 FPS`); the text
+            model has seen these spellings (opensora/datasets/datasets.py, getitem; utils.py, map_target_fps).
+        motion_score: rounded to the nearest whole number.
+    """
     parts = []
     if fps is not None:
-        parts.append(f"{fps:g} FPS")
+        parts.append(f"{fps} FPS")
     if motion_score is not None:
         parts.append(f"{int(motion_score + 0.5)} motion score")
     return f"{text} {', '.join(parts)}." if parts else text

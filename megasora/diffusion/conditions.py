@@ -1,7 +1,9 @@
 """Image and video conditions: which frames are given, and the [mask; masked latent] the model sees.
 
 Given frames are encoded on their own, so nothing leaks from the frames after them. Source: hpcaitech/Open-Sora utils/inference.py
-(prepare_inference_condition) and scripts/diffusion/train.py; "33 frames" are 9 latent frames at 4x temporal compression, 65 are 17.
+(prepare_inference_condition) and utils/train.py (prepare_visual_condition_causal, prepare_visual_condition_uncausal); "33 frames" are 9
+latent frames at 4x temporal compression, 65 are 17. A non-causal autoencoder has 32 frames in 8 latent frames and 64 in 16; there the
+latent frame of one given picture stands where four frames do, and the clip itself is not padded, as in training there (pad=False).
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megasora.config.latent_frames import latent_frames
+
 V2V_FRAMES = 33
 V2V_EASY_FRAMES = 65
-"""Conditioned pixel frames of v2v and of its easy variant (Open-Sora utils/inference.py)."""
+"""Conditioned pixel frames of v2v and of its easy variant, one fewer where the autoencoder is not causal (Open-Sora utils/train.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,44 +31,47 @@ class GivenFrames:
     latent_count: int
 
 
-def given_frames(kind: str, *, num_frames: int, temporal_compression: int = 4) -> tuple[GivenFrames, ...]:
-    """Runs of frames a condition gives, for a clip of 4k + 1 frames; empty for t2v.
+def given_frames(kind: str, *, num_frames: int, temporal_compression: int = 4, causal: bool = True) -> tuple[GivenFrames, ...]:
+    """Runs of frames a condition gives, for a clip of 4k + 1 frames (4k where the autoencoder is not causal); empty for t2v.
 
     Raises:
         ValueError: unknown kind, or the clip is too short for it.
     """
-    latent_frames = (num_frames - 1) // temporal_compression + 1
+    total = latent_frames(num_frames, compression=temporal_compression, causal=causal)
     head = GivenFrames(start=0, count=1, latent_start=0, latent_count=1)
-    tail = GivenFrames(start=num_frames - 1, count=1, latent_start=latent_frames - 1, latent_count=1)
+    tail = GivenFrames(start=num_frames - 1, count=1, latent_start=total - 1, latent_count=1)
     if kind == "t2v":
         return ()
     if kind.startswith("i2v") and num_frames > 1:
         return {"i2v_head": (head,), "i2v_loop": (head, tail), "i2v_tail": (tail,)}[kind]
     if kind.startswith("v2v"):
-        count = V2V_EASY_FRAMES if kind.endswith("easy") else V2V_FRAMES
-        latent_count = (count - 1) // temporal_compression + 1
+        count = _v2v_frames(kind, causal=causal)
+        latent_count = latent_frames(count, compression=temporal_compression, causal=causal)
         if num_frames > count:
             if "head" in kind:
                 return (GivenFrames(start=0, count=count, latent_start=0, latent_count=latent_count),)
-            start, latent_start = num_frames - count, latent_frames - latent_count
+            start, latent_start = num_frames - count, total - latent_count
             return (GivenFrames(start=start, count=count, latent_start=latent_start, latent_count=latent_count),)
     raise ValueError(f"condition {kind} does not fit a clip of {num_frames} frames; use t2v or a longer clip")
 
 
-def possible_kinds(weights: Mapping[str, float], *, num_frames: int) -> dict[str, float]:
+def _v2v_frames(kind: str, *, causal: bool) -> int:
+    """Pixel frames that a v2v kind gives."""
+    return (V2V_EASY_FRAMES if kind.endswith("easy") else V2V_FRAMES) - (not causal)
+
+
+def possible_kinds(weights: Mapping[str, float], *, num_frames: int, causal: bool = True) -> dict[str, float]:
     """The kinds with a positive weight that fit a clip of this length; t2v when none does."""
-    needs = {"t2v": 1, "i2v": 2, "v2v": V2V_FRAMES + 1}
-    fits = {
-        kind: weight
-        for kind, weight in weights.items()
-        if weight > 0 and num_frames >= (V2V_EASY_FRAMES + 1 if kind.endswith("easy") else needs[kind[:3]])
-    }
-    return fits or {"t2v": 1.0}
+
+    def fits(kind: str) -> bool:
+        return num_frames > (_v2v_frames(kind, causal=causal) if kind.startswith("v2v") else 1 if kind.startswith("i2v") else 0)
+
+    return {kind: weight for kind, weight in weights.items() if weight > 0 and fits(kind)} or {"t2v": 1.0}
 
 
-def draw_kind(weights: Mapping[str, float], *, num_frames: int, uniform: float) -> str:
+def draw_kind(weights: Mapping[str, float], *, num_frames: int, uniform: float, causal: bool = True) -> str:
     """A kind drawn by weight among those that fit, from one uniform in (0, 1)."""
-    kinds = possible_kinds(weights, num_frames=num_frames)
+    kinds = possible_kinds(weights, num_frames=num_frames, causal=causal)
     threshold = uniform * sum(kinds.values())
     for kind, weight in kinds.items():
         threshold -= weight

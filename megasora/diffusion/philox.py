@@ -31,6 +31,7 @@ class Stream(IntEnum):
     VAE = 7
     SAMPLE = 8
     EVAL = 9
+    START = 10
 
 
 def _mix(state: int, value: int) -> int:

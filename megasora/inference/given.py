@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megasora.config.errors import UserError
+from megasora.config.schema import EncodersConfig
 from megasora.data.decoding.contract import DecodeError, DecodeRequest
 from megasora.data.decoding.pyav import PyAVDecoder, frame_count, video_facts
 from megasora.diffusion.conditions import GivenFrames, given_frames
@@ -14,25 +15,30 @@ from megasora.inference.requests import ClipRequest
 from megasora.models.encoders.vae import HunyuanVAE
 
 
-def runs_of(request: ClipRequest, *, temporal_compression: int) -> tuple[GivenFrames, ...]:
+def runs_of(request: ClipRequest, encoders: EncodersConfig) -> tuple[GivenFrames, ...]:
     """Which frames the request's kind gives.
 
     Raises:
         UserError: the clip is too short for the kind.
     """
     try:
-        return given_frames(request.kind, num_frames=request.size.num_frames, temporal_compression=temporal_compression)
+        return given_frames(
+            request.kind,
+            num_frames=request.size.num_frames,
+            temporal_compression=encoders.temporal_compression,
+            causal=encoders.causal,
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def check_sources(request: ClipRequest, *, temporal_compression: int) -> None:
+def check_sources(request: ClipRequest, encoders: EncodersConfig) -> None:
     """Refuse what cannot be read, before anything is loaded.
 
     Raises:
         UserError: a file is no picture or clip, or a given clip is too short.
     """
-    runs = runs_of(request, temporal_compression=temporal_compression)
+    runs = runs_of(request, encoders)
     try:
         for path in request.sources:
             video_facts(str(path))
@@ -45,7 +51,9 @@ def check_sources(request: ClipRequest, *, temporal_compression: int) -> None:
         raise UserError(f"{error}; give a picture or a clip") from error
 
 
-def encode_given(request: ClipRequest, vae: HunyuanVAE, *, decoder: PyAVDecoder | None = None) -> tuple[tuple[GivenFrames, Tensor], ...]:
+def encode_given(
+    request: ClipRequest, vae: HunyuanVAE, encoders: EncodersConfig, *, decoder: PyAVDecoder | None = None
+) -> tuple[tuple[GivenFrames, Tensor], ...]:
     """Runs of given frames and their scaled latents (posterior means, on the CPU).
 
     Of a picture its one frame, of a clip given as a picture its first frame (at the clip's head) or its last (at its tail), of a given clip
@@ -56,7 +64,7 @@ def encode_given(request: ClipRequest, vae: HunyuanVAE, *, decoder: PyAVDecoder 
     """
     decoder = decoder or PyAVDecoder()
     made: list[tuple[GivenFrames, Tensor]] = []
-    for run in runs_of(request, temporal_compression=vae.temporal_compression):
+    for run in runs_of(request, encoders):
         at_tail = run.start > 0
         path = request.video or (request.end_image if at_tail else request.image)
         assert path is not None  # requests_of and runs_of agree about what a kind needs

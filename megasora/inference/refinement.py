@@ -1,12 +1,13 @@
 """Prompts rewritten by a language model before they become captions, and motion scores it guesses.
 
 Rank 0 asks and tells the others, so that all ranks draw the same. What cannot be answered leaves the prompt as it is: that is said once per
-cause on stderr and stands in the clip's record. Answers are kept in a file beside the clips, so that an interrupted table goes on with the
-same texts; `--again` takes them from the record and asks nobody.
+cause on stderr and stands in the clip's record. Answers are kept in a folder beside the clips, so that an interrupted table goes on with
+the same texts; `--again` takes them from the record and asks nobody.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mimetypes
 import re
@@ -25,7 +26,8 @@ from megasora.inference.chat import Ask, NoAnswerError, Use, asker
 from megasora.inference.refine_settings import RefineConfig
 from megasora.inference.requests import ClipRequest
 
-ANSWERS = "refinements.json"
+ANSWERS = "refinements"
+"""Folder of answers beside the clips: a file for each question, so that jobs which share out a table do not overwrite one another's."""
 MOTION_SCORES = (1, 15)
 """Bounds of an answer. hpcaitech/Open-Sora opensora/utils/prompt_refine.py (sys_prompt_motion_score)."""
 FALLBACK_SCORE = 4
@@ -91,8 +93,6 @@ class _Refiner:
 
     def __init__(self, settings: Refinement, ask: Ask, *, folder: Path | None, first_frames: bool) -> None:
         self.settings, self.ask, self.folder, self.first_frames = settings, ask, folder, first_frames
-        self._file = None if folder is None else folder / ANSWERS
-        self._before = _read(self._file) if self._file is not None and dist.get_rank() == 0 else {}
         self._now: dict[str, dict[str, Any]] = {}
         self._said: set[str] = set()
         self._failed_in_a_row = 0
@@ -131,7 +131,7 @@ class _Refiner:
         key = json.dumps(question, sort_keys=True, ensure_ascii=False)
         kept = self._now.get(key)
         if kept is None:
-            kept = self._before.get(key)
+            kept = self._kept(key)
             if kept is not None and kept["answer"] is None and not self._is_drawn(request):
                 kept = None  # it failed in an earlier run: ask again, unless a clip was drawn from it
         if kept is None:
@@ -162,11 +162,25 @@ class _Refiner:
         if key in self._now:
             return
         self._now[key] = answer
-        if self._file is not None and self._before.get(key) != answer:
-            self._before[key] = answer
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(self._file) as temporary:
-                temporary.write_text(json.dumps([*self._before.values()], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.folder is not None and self._kept(key) != answer:
+            path = _file_of(self.folder, key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as temporary:
+                temporary.write_text(json.dumps(answer, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _kept(self, key: str) -> dict[str, Any] | None:
+        """What an earlier run was answered.
+
+        Raises:
+            UserError: the file is none of ours.
+        """
+        if self.folder is None or not (path := _file_of(self.folder, key)).is_file():
+            return None
+        try:
+            answer = json.loads(path.read_text(encoding="utf-8"))
+            return {name: answer[name] for name in ("by", "use", "prompt", "image", "answer", "cause")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} holds no answer to a prompt; move it away to ask again") from error
 
     def _say(self, cause: str, use: Use) -> None:
         if cause in self._said:
@@ -195,17 +209,5 @@ def motion_score(answer: str) -> int:
     return int(match[1])
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Earlier answers, by question.
-
-    Raises:
-        UserError: the file is none of ours.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        names = ("by", "use", "prompt", "image")
-        return {json.dumps({name: entry[name] for name in names}, sort_keys=True, ensure_ascii=False): dict(entry) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no answers to prompts; move it away to ask again") from error
+def _file_of(folder: Path, question: str) -> Path:
+    return folder / ANSWERS / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megasora.config.errors import UserError
+from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
 from megasora.config.schema import ModelConfig, RunConfig
 from megasora.inference.sizes import size_named
 from megasora.models.sampler import ClipSize
@@ -192,9 +193,10 @@ def _size(row: Mapping[str, Any], *, config: RunConfig, common: Common) -> tuple
     for name, value in (("height", height), ("width", width)):
         if value < unit or value % unit:
             raise UserError(f"{name} {value} is not a multiple of {unit}; use {max(1, round(value / unit)) * unit}")
-    ratio = config.encoders.temporal_compression
-    if frames < 1 or (frames - 1) % ratio:
-        raise UserError(f"num_frames {frames} is not 1 or {ratio}k+1; use {max(0, frames - 1) // ratio * ratio + 1}")
+    ratio, causal = config.encoders.temporal_compression, config.encoders.causal
+    if not is_frame_count(frames, compression=ratio, causal=causal):
+        rule, nearest = frame_rule(compression=ratio, causal=causal), nearest_frame_count(frames, compression=ratio, causal=causal)
+        raise UserError(f"num_frames {frames} is not {rule}; use {nearest}")
     return ClipSize(num_frames=frames, height=height, width=width), None if aspect is None else str(aspect)
 
 
@@ -237,6 +239,8 @@ def _rows(table: Path) -> list[Mapping[str, Any]]:
     import pyarrow as pa
     from pyarrow import csv, parquet
 
+    if not table.is_file():
+        raise UserError(f"cannot read {table}: there is no such file")
     try:
         if table.suffix == ".parquet":
             return list(parquet.read_table(table).to_pylist())

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from megasora.checkpoint.source import Select
 from megasora.config.errors import UserError
 from megasora.config.io import from_dict, to_dict
-from megasora.config.schema import FlowConfig, RunConfig, SampleConfig
+from megasora.config.schema import EncodersConfig, FlowConfig, RunConfig, SampleConfig
 from megasora.data.decoding.writer import contact_sheet, write_picture, write_video
 from megasora.inference.first_frames import FirstFrames, draw_first_frames
 from megasora.inference.given import check_sources
@@ -43,6 +43,8 @@ class Wanted:
     end_image: Path | None = None
     video: Path | None = None
     common: Common
+    share: tuple[int, int] = (0, 1)
+    """(i, n): of the table, rows i, i + n, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +247,7 @@ class _Maker:
             write_picture(path, video[:, 0])
         else:
             write_video(path, video, fps=self.session.config.sample.fps)
-        write_record(path.with_suffix(".json"), {**self.record(request), "made": to_dict(drawn), "search": search})
+        write_record(path.with_suffix(".json"), {**self.record(request), "made": to_dict(drawn), **({"search": search} if search else {})})
 
 
 def _requests(config: RunConfig, wanted: Wanted, remembered: dict[str, Any] | None) -> tuple[list[ClipRequest], list[Unusable]]:
@@ -258,7 +260,9 @@ def _requests(config: RunConfig, wanted: Wanted, remembered: dict[str, Any] | No
     if wanted.table is not None:
         if wanted.image or wanted.end_image or wanted.video:
             raise UserError("with --table, images and videos are columns of the table (image, end_image, video)")
-        return read_requests(wanted.table, config=config, common=wanted.common)
+        requests, unusable = read_requests(wanted.table, config=config, common=wanted.common)
+        task, tasks = wanted.share
+        return [r for r in requests if r.row % tasks == task], [one for one in unusable if one.row % tasks == task]
     here = Path()
     if remembered is not None:
         paths = {name: remembered["paths"].get(name) for name in ("image", "end_image", "video")}
@@ -291,7 +295,7 @@ def _readable(requests: list[ClipRequest], world: World, *, one_by_one: bool) ->
     """
     reasons: list[Any] = [None]
     if dist.get_rank() == 0:
-        reasons = [[_reason(request, world.config.encoders.temporal_compression) for request in requests]]
+        reasons = [[_reason(request, world.config.encoders) for request in requests]]
     dist.broadcast_object_list(reasons, src=0)
     pairs = list(zip(requests, reasons[0], strict=True))
     bad = {request.row: reason for request, reason in pairs if reason is not None}
@@ -300,9 +304,9 @@ def _readable(requests: list[ClipRequest], world: World, *, one_by_one: bool) ->
     return [request for request, reason in pairs if reason is None], [Unusable(row=row, reason=reason) for row, reason in bad.items()]
 
 
-def _reason(request: ClipRequest, temporal_compression: int) -> str | None:
+def _reason(request: ClipRequest, encoders: EncodersConfig) -> str | None:
     try:
-        check_sources(request, temporal_compression=temporal_compression)
+        check_sources(request, encoders)
     except UserError as error:
         return str(error)
     return None

@@ -101,6 +101,12 @@ class Sampler:
         config = replace(config, encoders=replace(config.encoders, **folders), **chosen)  # type: ignore[arg-type]
         if beside is None:
             world = start(config)
+            if world.groups.count > 1:
+                wanted = config.parallel.model_parallel_size * config.sample.guidance_parallel
+                raise UserError(
+                    f"a Sampler draws one clip at a time: start TP x PP x CP x guidance_parallel = {wanted} rank(s); "
+                    "megasora sample deals a table out over more"
+                )
         else:
             ours, theirs = config, beside.session.world.config
             if (ours.parallel, ours.sample.guidance_parallel) != (theirs.parallel, theirs.sample.guidance_parallel):
@@ -146,7 +152,7 @@ class Sampler:
         common = Common(kind=None, negative=negative, resolution=resolution, aspect=aspect, num_samples=1)
         (request,) = requests_of(row, number=0, config=session.config, common=common, folder=Path())
         session.check(request)
-        check_sources(request, temporal_compression=session.config.encoders.temporal_compression)
+        check_sources(request, session.config.encoders)
         if refinement is not None:
             (request,) = refine([request], refinement)
         latent, drawn = session.draw(request, session.prompt(request), on_step=on_step)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from megasora.config.latent_frames import latent_frames
 from megasora.config.schema import EncodersConfig, FlowConfig, ModelConfig, SampleConfig
 from megasora.diffusion.captions import inference_caption
 from megasora.diffusion.conditions import GivenFrames, condition_latent
@@ -40,7 +41,7 @@ class ClipSize:
     def latent_shape(self, model: ModelConfig, encoders: EncodersConfig) -> tuple[int, int, int, int]:
         """(C, T, H, W) of its latent."""
         unit = encoders.spatial_compression
-        frames = (self.num_frames - 1) // encoders.temporal_compression + 1
+        frames = latent_frames(self.num_frames, compression=encoders.temporal_compression, causal=encoders.causal)
         return model.latent_channels, frames, self.height // unit, self.width // unit
 
 

@@ -18,10 +18,10 @@ from torch import nn
 from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import RunConfig
 from megasora.data.decoding.contract import Decoder
-from megasora.data.plan import PlannedClip
+from megasora.data.plan import PlannedClip, Taken, start_of
 from megasora.diffusion.conditions import GivenFrames, condition_latent, given_frames, possible_kinds
 from megasora.diffusion.patchify import patchify
-from megasora.diffusion.philox import Stream, key_of
+from megasora.diffusion.philox import Stream, key_of, uniform
 from megasora.models.encoders.bundle import Encoders
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel.groups import ParallelContext
@@ -89,7 +89,7 @@ class Evaluator:
         self.config, self.context, self.dtype = config, context, dtype
         self.held_out: list[HeldOut] = []
         self.failed: list[tuple[str, str]] = []
-        one_by_one = ([sample] for sample in range(len(clips)))
+        one_by_one = ([self._taken(sample, clip)] for sample, clip in enumerate(clips))
         source = SampleSource(one_by_one, clips=clips, config=config, encoders=encoders, decoder=decoder, cache=None, device=context.device)
         try:
             for clip, step in zip(clips, source, strict=True):
@@ -101,11 +101,18 @@ class Evaluator:
         finally:
             source.close()
 
+    def _taken(self, sample: int, clip: PlannedClip) -> Taken:
+        """The same frames of a clip every time, drawn where training draws."""
+        if self.config.data.temporal_start == "first":
+            return Taken(sample)
+        return Taken(sample, start_of(clip, uniform=uniform(key=key_of(seed=EVAL_SEED, stream=Stream.START, sample=sample))))
+
     def _encoded(self, clip: PlannedClip, material: Material, *, scaling_factor: float) -> HeldOut:
         number, encoders = len(self.held_out), self.config.encoders
         weights = {**vars(self.config.condition), "t2v": 1.0} if self.config.model.cond_embed else {"t2v": 1.0}
-        kinds = possible_kinds(weights, num_frames=clip.num_frames)
-        runs = {kind: given_frames(kind, num_frames=clip.num_frames, temporal_compression=encoders.temporal_compression) for kind in kinds}
+        kinds = possible_kinds(weights, num_frames=clip.num_frames, causal=encoders.causal)
+        ratio, causal = encoders.temporal_compression, encoders.causal
+        runs = {kind: given_frames(kind, num_frames=clip.num_frames, temporal_compression=ratio, causal=causal) for kind in kinds}
         every = list(dict.fromkeys(run for kind in kinds for run in runs[kind]))  # several kinds give the same frame
         latent, *alone = scaled_latents(
             material.latents,

@@ -24,7 +24,7 @@ from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import RunConfig
 from megasora.data.cache.reading import Cache
 from megasora.data.decoding.contract import Decoder
-from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, mix_of, next_step, sample_cost
+from megasora.data.plan import PlannedClip, SamplerState, StepPlan, Taken, assign_packs, mix_of, next_step, sample_cost, start_of
 from megasora.diffusion.conditions import GivenFrames, condition_latent, draw_kind, given_frames
 from megasora.diffusion.flow import shift_of, training_time
 from megasora.diffusion.patchify import patchify
@@ -201,7 +201,7 @@ class Feeder:
                 encode_s=loaded.encode_s + time.perf_counter() - started,
             )
 
-    def _own_samples(self, state: SamplerState, first_step: int, last_step: int) -> Iterator[list[int]]:
+    def _own_samples(self, state: SamplerState, first_step: int, last_step: int) -> Iterator[list[Taken]]:
         data, topology = self.config.data, self.context.topology
         ranks = dist.get_process_group_ranks(self.context.replica)
         mix = mix_of(self.clips, data)
@@ -219,8 +219,16 @@ class Feeder:
             packs = replicas[self.context.at.dp]
             places = sorted(place for pack in packs for place in pack)
             own = places[ranks.index(self.context.rank) :: len(ranks)]
-            self._planned.append(_Planned(step=step, plan=plan, packs=packs, own=own, balance=self._balance(plan, replicas)))
-            yield [plan.samples[place] for place in own]
+            planned = _Planned(step=step, plan=plan, packs=packs, own=own, balance=self._balance(plan, replicas))
+            self._planned.append(planned)
+            yield [Taken(plan.samples[place], self._offset(planned, place)) for place in own]
+
+    def _offset(self, planned: _Planned, place: int) -> int:
+        """First frame of a clip that is decoded this time."""
+        clip = self.clips[planned.plan.samples[place]]
+        if self.config.data.temporal_start == "first" or clip.num_starts == 1:
+            return 0
+        return start_of(clip, uniform=uniform(key=self._key(planned, place, Stream.START)))
 
     def _balance(self, plan: StepPlan, replicas: list[list[tuple[int, ...]]]) -> Balance:
         hidden = self.config.model.hidden_size
@@ -241,8 +249,10 @@ class Feeder:
         patch = self.config.model.patch_size
         runs: tuple[GivenFrames, ...] = ()
         if self.config.model.cond_embed:
-            kind = draw_kind(self._weights, num_frames=clip.num_frames, uniform=uniform(key=self._key(planned, place, Stream.CONDITION)))
-            runs = given_frames(kind, num_frames=clip.num_frames, temporal_compression=self.config.encoders.temporal_compression)
+            drawn, causal = uniform(key=self._key(planned, place, Stream.CONDITION)), self.config.encoders.causal
+            kind = draw_kind(self._weights, num_frames=clip.num_frames, uniform=drawn, causal=causal)
+            compression = self.config.encoders.temporal_compression
+            runs = given_frames(kind, num_frames=clip.num_frames, temporal_compression=compression, causal=causal)
         latent, *given = scaled_latents(
             material.latents,
             runs,

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from megasora.checkpoint import store
-from megasora.checkpoint.source import open_source
 from megasora.config.errors import UserError
 from megasora.config.io import save_yaml, to_dict
 from megasora.config.schema import RunConfig
@@ -47,6 +46,7 @@ from megasora.training.optimizer import (
     sync_parameters,
 )
 from megasora.training.prerequisites import encoders_needed, open_training_cache
+from megasora.training.start import Start, find_start
 from megasora.training.state import optimizer_tensors
 from megasora.training.step import Trainee, build_trainee, step_metrics, train_step
 
@@ -91,14 +91,17 @@ def train(config: RunConfig) -> None:
 def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest) -> None:
     manifest = read_manifest(str(config.data.manifest))
     clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
+    root = run_dir / "checkpoints"
+    start = find_start(config, root=root)
     cache = open_training_cache(config)
     encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))
     trainee = build_trainee(config, context=context)
-    root = run_dir / "checkpoints"
     resumed = _resume(trainee, root, config=config, context=context, manifest=manifest)
     events: list[dict[str, Any]] = [resumed] if resumed else []
     if not resumed:
-        events += _initialize(trainee, config=config, context=context)
+        events += _initialize(trainee, config=config, context=context, start=start)
+    if manifest.unread:
+        events.append({"event": "columns", "unread": list(manifest.unread)})
     events += [{"event": "unfit", "row": row.row, "reason": row.reason} for row in (*manifest.skipped, *unfit)]
     evaluator = _evaluator(config, context=context, encoders=encoders, dtype=trainee.megatron_config.params_dtype)
     log = MetricsLog(
@@ -118,14 +121,16 @@ def _run(config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: St
               events=events, root=root, manifest=manifest, stop=stop)  # fmt: skip
 
 
-def _initialize(trainee: Trainee, *, config: RunConfig, context: ParallelContext) -> list[dict[str, Any]]:
+def _initialize(trainee: Trainee, *, config: RunConfig, context: ParallelContext, start: Start | None) -> list[dict[str, Any]]:
     initialize_weights(trainee.chunks, model=config.model, context=context, seed=config.init.seed)
     events: list[dict[str, Any]] = []
-    if config.init.weights is not None:
-        source = open_source(Path(config.init.weights), axes_dim=config.model.axes_dim)
-        notes = source.fits(config.model)
+    if start is not None:
+        source = start.open(config)
         fill_parameters(trainee.chunks, source.read, known=source.shapes, model=config.model, context=context)
-        events.append({"event": "init", "weights": config.init.weights, "notes": notes})
+        events.append({"event": "init", "weights": start.path, "select": start.select, "notes": list(start.notes)})
+    elif config.init.follows is not None:
+        note = f"{config.recipe} follows {config.init.follows}: --init.run FOLDER starts from that run's weights"
+        events.append({"event": "init", "weights": "random", "notes": [note]})
     refresh_masters(trainee.optimizer)
     ensure_adam_state(trainee.optimizer, step=0)
     if trainee.ema is not None:
@@ -182,7 +187,8 @@ def _resume(trainee: Trainee, root: Path, *, config: RunConfig, context: Paralle
     trainee.step = facts["step"]
     trainee.sampler = SamplerState(**state["sampler"])
     trainee.samples_seen = state["samples_seen"]
-    ignored = "; --init.weights is ignored" if config.init.weights else ""
+    given = "weights" if config.init.weights else "run" if config.init.run else None
+    ignored = f"; --init.{given} is ignored" if given else ""
     return {"event": "restart", "from": folder.name, "step": trainee.step, "note": f"resumed{ignored}"}
 
 

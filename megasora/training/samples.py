@@ -23,7 +23,7 @@ from megasora.data.cache.reading import Cache, CacheLoader, ReadStep, Stored
 from megasora.data.cache.shards import BadSampleError, tensors_in
 from megasora.data.decoding.contract import Decoded, DecodeError, Decoder, normalise
 from megasora.data.loader import ClipLoader, LoadedStep
-from megasora.data.plan import PlannedClip, request_of
+from megasora.data.plan import PlannedClip, Taken, request_of
 from megasora.models.encoders.bundle import Encoders
 from megasora.parallel.transfer import send
 from megasora.training.material import DecodedClip, LatentMaterial, Material, StoredClip
@@ -49,7 +49,7 @@ class SampleSource:
     """Clips of coming steps, decoded or read ahead.
 
     Args:
-        steps: this rank's samples of each coming step, by number of planned clip.
+        steps: this rank's samples of each coming step; where each begins matters where clips are decoded.
         clips: planned clips.
         config: the run.
         encoders: those that `encoders_needed` names.
@@ -60,7 +60,7 @@ class SampleSource:
 
     def __init__(
         self,
-        steps: Iterator[Sequence[int]],
+        steps: Iterator[Sequence[Taken]],
         *,
         clips: Sequence[PlannedClip],
         config: RunConfig,
@@ -80,7 +80,7 @@ class SampleSource:
         self._steps, for_decoder, for_cache = itertools.tee(steps, 3)
         self._decoded: ClipLoader | None = None
         if not self._has_latents:
-            requests = ([request_of(clips[sample]) for sample in step] for step in for_decoder)
+            requests = ([request_of(clips[taken.sample], offset=taken.offset) for taken in step] for step in for_decoder)
             self._decoded = ClipLoader(
                 requests,
                 decoder=decoder,
@@ -94,7 +94,7 @@ class SampleSource:
             place_of: NDArray[np.int64] = cache.places_of(clips)
             self._read = CacheLoader(
                 cache,
-                (place_of[list(step)].tolist() for step in for_cache),
+                (place_of[[taken.sample for taken in step]].tolist() for step in for_cache),
                 members=slice(0 if self._has_latents else 1, 2 if self._has_text else 1),
                 workers=data.decode_workers,
                 ahead=data.prefetch_steps,
@@ -110,7 +110,7 @@ class SampleSource:
             nothing = itertools.repeat(None, len(step))
             pairs = zip(step, decoded.clips if decoded else nothing, read.samples if read else nothing, strict=True)
             started = time.perf_counter()
-            clips = tuple(self._material(self.clips[sample], video, tensors) for sample, video, tensors in pairs)
+            clips = tuple(self._material(self.clips[taken.sample], video, tensors) for taken, video, tensors in pairs)
             yield SourceStep(
                 clips=clips,
                 wait_s=(decoded.wait_s if decoded else 0.0) + (read.wait_s if read else 0.0),

@@ -16,10 +16,11 @@ from megasora import recipes
 from megasora.config.errors import UserError
 from megasora.config.schema import ConditionConfig, RunConfig
 from megasora.config.validate import raise_on_problems
+from megasora.data.cache.reading import open_cache
 from megasora.data.decoding.pyav import PyAVDecoder
 from megasora.data.decoding.writer import write_video
 from megasora.data.manifest import read_manifest
-from megasora.data.plan import SamplerState, next_step, plan_clips
+from megasora.data.plan import SamplerState, next_step, plan_clips, request_of
 from megasora.data.tiny_clips import PATTERNS, make_tiny_clips, manifest_row, write_manifest
 from megasora.diffusion.conditions import draw_kind
 from megasora.diffusion.philox import Stream, key_of, uniform
@@ -220,6 +221,30 @@ def test_one_stored_sample_is_what_every_epoch_sees(pool: RankPool, base: RunCon
             assert stored["img"] != fresh["img"]
 
 
+def test_a_cache_holds_one_drawn_start_of_each_clip(pool: RankPool, base: RunConfig, tmp_path: Path) -> None:
+    """Of 25 frames a clip of 9 may begin at 17; the cache has the frames from the one drawn by seed and sample."""
+    drawing_starts = replace(base, data=replace(base.data, temporal_start="random", frame_counts=(9,)))
+    config = encoded(pool, drawing_starts, tmp_path / "random")
+    clips, _ = plan_clips(read_manifest(str(config.data.manifest)).clips, data=config.data, encoders=config.encoders, model=config.model)
+    vae, cache, offsets = (
+        load_encoders(config.encoders, model=config.model, device=torch.device("cpu")).vae,
+        open_cache(tmp_path / "random"),
+        [],
+    )
+    for sample, clip in enumerate(clips):
+        if clip.clip.row == BROKEN:
+            continue
+        offset = int(uniform(key=key_of(seed=config.train.seed, stream=Stream.START, sample=sample)) * (clip.clip.num_frames - 9 + 1))
+        video = PyAVDecoder().decode(request_of(clip, offset=offset))
+        torch.testing.assert_close(cache.read(sample, slice(0, 1))["mean"], vae.posterior(video).mean, rtol=1e-3, atol=1e-4)
+        offsets.append(offset)
+    assert len(set(offsets)) > 3
+    (fed,) = pool.run(1, feed_on_rank, config)
+    assert len(fed) == STEPS
+    with pytest.raises(RankFailedError, match="temporal_start is random in the cache and first"):
+        pool.run(1, feed_on_rank, replace(config, data=replace(config.data, temporal_start="first")))
+
+
 def copied(config: RunConfig, folder: Path) -> RunConfig:
     shutil.copytree(str(config.data.cache), folder)
     return replace(config, data=replace(config.data, cache=str(folder)))
@@ -265,6 +290,8 @@ def test_a_cache_of_something_else_is_refused_with_what_differs(pool: RankPool, 
         (replace(cached, data=replace(data, frame_counts=(17, 1))), r"frame_counts is \[37, 17, 9, 1\] in the cache and \[17, 1\]"),
         (replace(cached, data=replace(data, target_fps=6.0)), "target_fps is 24.0 in the cache and 6.0"),
         (replace(cached, data=replace(data, resolution="manifest")), "resolution is 64px in the cache and manifest"),
+        (replace(cached, data=replace(data, temporal_start="random")), "temporal_start is first in the cache and random"),
+        (replace(cached, data=replace(data, buckets="published")), "buckets is nearest in the cache and published"),
         (replace(cached, encoders=replace(encoders, dtype="bf16")), "dtype is fp32 in the cache and bf16"),
         (replace(cached, encoders=replace(encoders, vae=str(weights))), "encoders.vae has the hash"),
         (with_clips(cached, tmp_path), "manifest_sha256 is"),

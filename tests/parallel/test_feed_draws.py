@@ -79,7 +79,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     captions = [clip.text for clip in read_manifest(manifest).clips]
     encoders = make_tiny_encoders(folder / "encoders", captions=captions, model=tiny.model, base=tiny.encoders)
     data = replace(
-        tiny.data, manifest=str(manifest), frame_counts=(9,), global_tokens=140, num_microbatches=4, dropout_t5=0.6, dropout_clip=0.25
+        tiny.data,
+        manifest=str(manifest),
+        frame_counts=(9,),
+        global_tokens=140,
+        num_microbatches=4,
+        temporal_start="random",
+        dropout_t5=0.6,
+        dropout_clip=0.25,
     )
     return replace(
         tiny,
@@ -170,11 +177,14 @@ def posterior_draw(sample: Drawn, encoders: Encoders, video: Tensor, *, first: i
 def test_latents_and_given_frames_are_scaled_draws_of_their_posteriors(samples: list[Drawn], config: RunConfig) -> None:
     encoders = load_encoders(config.encoders, model=config.model, device=CPU)
     frames_of = {0: (), 1: (0,), 2: (0, 8), 3: (8,)}  # t2v, head, loop and tail at equal weights
-    kinds = set()
+    kinds, offsets = set(), set()
     for sample in samples:
         batch = sample.batch
         assert batch.inputs is not None and batch.inputs.cond is not None and batch.target is not None
-        video = PyAVDecoder().decode(request_of(sample.clip))
+        starts = sample.clip.clip.num_frames - 9 + 1
+        offset = int(sample.uniform(Stream.START) * starts)
+        offsets.add(offset)
+        video = PyAVDecoder().decode(request_of(sample.clip, offset=offset))
         noise = sample.normal(Stream.NOISE, *batch.target.shape)
         # the target is (1 - sigma) x_1 - x_0
         x_0 = unpatchify((1 - 1e-5) * noise - batch.target, grid=sample.clip.grid, patch=2)
@@ -191,6 +201,7 @@ def test_latents_and_given_frames_are_scaled_draws_of_their_posteriors(samples: 
         torch.testing.assert_close(unpatchify(batch.inputs.cond, grid=sample.clip.grid, patch=2), condition, rtol=1e-3, atol=1e-4)
         kinds.add(kind)
     assert kinds == {0, 1, 2, 3}
+    assert len(offsets) > 3
 
 
 def test_broken_clips_and_empty_packs_weigh_nothing(samples: list[Drawn], fed: list[Fed]) -> None:

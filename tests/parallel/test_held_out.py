@@ -12,10 +12,10 @@ from megasora.config.schema import ConditionConfig, RunConfig
 from megasora.data.cache.layout import caption_of
 from megasora.data.decoding.pyav import PyAVDecoder
 from megasora.data.manifest import read_manifest
-from megasora.data.plan import plan_clips, request_of
+from megasora.data.plan import plan_clips, request_of, start_of
 from megasora.data.tiny_clips import make_tiny_clips
 from megasora.diffusion.patchify import patchify
-from megasora.diffusion.philox import Stream, key_of
+from megasora.diffusion.philox import Stream, key_of, uniform
 from megasora.models.encoders.bundle import load_encoders
 from megasora.models.encoders.tiny import make_tiny_encoders
 from megasora.models.mmdit.build import build_chunks
@@ -53,7 +53,9 @@ def measure_on_rank(rank: int, config: RunConfig) -> Measured:
 
     def by_hand(number: int) -> tuple[torch.Tensor, ...]:
         clip = evaluator.held_out[number].clip
-        posterior = encoders.vae.posterior(decoder.decode(request_of(clip)))
+        key = key_of(seed=EVAL_SEED, stream=Stream.START, sample=clips.index(clip))
+        offset = start_of(clip, uniform=uniform(key=key)) if config.data.temporal_start == "random" else 0
+        posterior = encoders.vae.posterior(decoder.decode(request_of(clip, offset=offset)))
         drawn = posterior.sample(key=key_of(seed=EVAL_SEED, stream=Stream.VAE, sample=number))
         latent = (drawn if config.encoders.posterior == "sample" else posterior.mean) * encoders.vae.scaling_factor
         text, vec = encoders.encode_text([caption_of(clip)], max_tokens=clip.text_tokens)
@@ -86,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     tiny = recipes.get("tiny")
     captions = [clip.text for clip in read_manifest(manifest).clips]
     encoders = make_tiny_encoders(folder / "encoders", captions=captions, model=tiny.model, base=tiny.encoders)
-    return replace(tiny, device="cpu", encoders=encoders, data=replace(tiny.data, eval_manifest=str(manifest)))
+    return replace(tiny, device="cpu", encoders=encoders, data=replace(tiny.data, eval_manifest=str(manifest), temporal_start="random"))
 
 
 @pytest.mark.parametrize("posterior", ["mean", "sample"])

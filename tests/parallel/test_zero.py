@@ -106,8 +106,8 @@ def held(run_dir: Path, *, parts: tuple[str, ...] = PARTS) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "parallel", "stage"),
-    [(3, layout(), 3), (4, layout(tp=2), 2), (4, layout(cp=2), 2), (8, layout(tp=2, cp=2, pp=2), 3)],
-    ids=["dp3", "tp2 dp2", "cp2 dp2", "tp2 cp2 pp2"],
+    [(3, layout(), 3), (4, layout(cp=2), 2), (8, layout(tp=2, cp=2, pp=2), 3)],
+    ids=["dp3", "cp2 dp2", "tp2 cp2 pp2"],
 )
 def test_a_stage_repeats_zero_1_and_one_rank(
     pool: RankPool, straight: Path, tmp_path: Path, world_size: int, parallel: ParallelConfig, stage: int
@@ -191,7 +191,8 @@ def test_what_a_stage_writes_another_reads_to_the_bit(pool: RankPool, straight: 
         made = run_beside(straight, run_dir, steps=2, parallel=of_stage(layout(), 3))
         made = replace(made, precision=replace(made.precision, dtype=dtype))
         pool.run(3, train_on_rank, made)
-        for world_size, parallel, stage in ((2, layout(tp=2), 1), (4, layout(cp=2), 2), (8, layout(tp=2, pp=2), 3)):
+        readers = ((2, layout(tp=2), 1), (4, layout(cp=2), 2), (8, layout(tp=2, pp=2), 3))
+        for world_size, parallel, stage in readers if dtype == "bf16" else readers[:1]:
             before = held(run_dir, parts=parts)
             pool.run(world_size, load_and_save, replace(made, parallel=of_stage(parallel, stage)))
             after = held(run_dir, parts=parts)

@@ -180,6 +180,8 @@ def test_a_seed_gives_the_same_latents_in_every_layout(pool: RankPool, folder: P
 def test_rows_that_cannot_be_drawn_are_listed_and_the_others_drawn(pool: RankPool, folder: Path) -> None:
     write_table(folder / "bad.csv", ["", "nowhere.png", "table.csv"])
     wanted = Wanted(table=folder / "bad.csv", common=replace(COMMON, negative="bars"))
+    (share,) = pool.run(1, draw, settings(folder), replace(wanted, share=(1, 2)), str(folder), "bad", {})
+    assert share.made == () and [one.row for one in share.failed] == [1]
     (outcome,) = pool.run(1, draw, settings(folder), wanted, str(folder), "bad", {})
     assert [path.name for path in outcome.made] == ["clip0.mp4"]
     reasons = {one.row: one.reason for one in outcome.failed}

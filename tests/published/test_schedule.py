@@ -38,15 +38,16 @@ def test_a_picture_of_256_pixels_has_even_times() -> None:
 
 
 def test_a_dc_ae_counts_each_latent_pixel() -> None:
-    # (24 x 24) / 1^2 = 576 tokens, 4k+1 frames here: 129 are 33
-    times = sampled_times(10, 129, 768, 768, model=ModelConfig(in_channels=128, patch_size=1), compression=32)
-    assert times == pytest.approx(published_times(10, 33, 576), rel=1e-12)
+    # (24 x 24) / 1^2 = 576 tokens; not causal: 128 frames are 32
+    encoders = EncodersConfig(spatial_compression=32, causal=False)
+    times = sampled_times(10, 128, 768, 768, model=ModelConfig(in_channels=128, patch_size=1), encoders=encoders)
+    assert times == pytest.approx(published_times(10, 32, 576), rel=1e-12)
 
 
 def sampled_times(
-    steps: int, frames: int, height: int, width: int, *, model: ModelConfig | None = None, compression: int = 8
+    steps: int, frames: int, height: int, width: int, *, model: ModelConfig | None = None, encoders: EncodersConfig | None = None
 ) -> list[float]:
-    model, encoders = model or ModelConfig(), EncodersConfig(spatial_compression=compression)
+    model, encoders = model or ModelConfig(), encoders or EncodersConfig()
     sampler = ClipSampler(
         [],
         megatron_config=None,  # type: ignore[arg-type]

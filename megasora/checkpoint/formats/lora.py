@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isclose
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megasora.checkpoint.formats.lora_settings import LoraSettings
 from megasora.checkpoint.formats.mapping import Segment, compose, shapes_in
 from megasora.checkpoint.formats.rules import Format, to_canonical_order, to_foreign_order
 from megasora.config.errors import UserError
@@ -29,8 +31,19 @@ ENDS: dict[Naming, tuple[str, str]] = {
 }
 FORMAT_OF: dict[Naming, Format] = {"peft": "diffusers", "diffusers": "diffusers", "kohya": "flux"}
 """Whose module names a naming is written with."""
+OTHER_PARTS = ("text_encoder", "lora_te")
+"""How names of a text encoder start (diffusers loaders/lora_pipeline.py; sd-scripts networks/lora_flux.py)."""
 HEAD_DIM = 128
 """Head size of every published FLUX and Open-Sora v2 model; an adapter alone does not tell it."""
+OTHER_KINDS = (
+    (r"lora_magnitude_vector|dora_scale", "DoRA's magnitude"),
+    (r"(lora_A|lora_B|lora_down|lora_up)(\.\w+)?\.bias$", "a bias of the adapter (lora_bias)"),
+    (r"lora_embedding_[AB]", "LoRA of an embedding"),
+    (r"hada_w|lokr_w|lora_mid|oft_|ia3_l", "LoHa, LoKr, OFT or IA3"),
+    (r"\.(diff|diff_b|set_weight|reshape_weight)$", "a whole difference"),
+    (r"\.(weight|bias)$", "a whole tensor of the model (bias, modules_to_save)"),
+)
+"""What a tensor that is no plain pair looks like."""
 _KEY = re.compile(r"^(?P<module>.+?)\.(?P<end>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?$")
 _BLOCKS: dict[str, tuple[str, str]] = {
     "flux": (r"(?:^|[._])double_blocks[._](\d+)[._]", r"(?:^|[._])single_blocks[._](\d+)[._]"),
@@ -69,48 +82,59 @@ def looks_like_adapter(keys: Mapping[str, object]) -> bool:
     return any(re.search(r"\.lora_(A|B|up|down)\b", key) for key in keys)
 
 
-def parse_adapter(
-    tensors: Mapping[str, Tensor],
-    *,
-    alphas: Mapping[str, float] | None = None,
-    default_alpha: float | None = None,
-    model: ModelConfig | None,
-) -> Adapter:
+def parse_adapter(tensors: Mapping[str, Tensor], *, settings: LoraSettings | None, model: ModelConfig | None) -> Adapter:
     """Read an adapter.
 
     Args:
-        tensors: the file.
-        alphas: alpha by module from an adapter_config.json, where the file has none.
-        default_alpha: alpha of modules without one of their own; None is the rank, a scale of 1.
+        tensors: the file. Names may have the prefix of a naming or none (`save_lora_adapter` of diffusers writes none).
+        settings: ranks and alphas of the adapter's configuration; None is a scale of 1 where the file has no alpha, as diffusers has it.
         model: the base model; None reads sizes from the adapter (head size 128).
 
     Raises:
-        UserError: a key that is no plain LoRA (DoRA, LoKr, biases), a pair that is incomplete or of another shape, an unknown module.
+        UserError: a key that is no plain LoRA (DoRA, LoKr, biases), a pair that is incomplete or of another shape, an unknown module, a
+            rank or an alpha that differs from the configuration's.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
         if match is None:
-            raise UserError(f"adapter tensor {key!r} is no plain LoRA (lora_A/lora_B, lora_down/lora_up, alpha); nothing else is supported")
+            what = next((f" but {kind}" for pattern, kind in OTHER_KINDS if re.search(pattern, key)), "")
+            raise UserError(f"adapter tensor {key!r} is no plain LoRA{what}; only lora_A/lora_B, lora_down/lora_up and alpha are supported")
         end = {"lora_A": "a", "lora_down": "a", "lora_B": "b", "lora_up": "b", "alpha": "alpha"}[match["end"]]
         parts.setdefault(match["module"], {})[end] = tensor
-    naming = _naming(parts)
-    stripped = {name.removeprefix(PREFIXES[naming]): part for name, part in parts.items()}
-    pairs: dict[str, LowRank] = {}
-    for name, part in stripped.items():
-        if "a" not in part or "b" not in part or part["a"].dim() != 2 or part["b"].dim() != 2 or part["a"].shape[0] != part["b"].shape[1]:
-            raise UserError(f"adapter module {name} is no pair [r, in], [out, r]")
-        rank = part["a"].shape[0]
-        given = (alphas or {}).get(name, default_alpha)
-        alpha = float(part["alpha"]) if "alpha" in part else float(rank if given is None else given)
-        pairs[name] = LowRank(a=part["a"], b=part["b"], alpha=alpha)
+    naming, prefix = _naming(parts)
+    pairs = {name: _pair(name, part, settings) for name, part in ((name.removeprefix(prefix), part) for name, part in parts.items())}
     return _resolve(pairs, naming, model)
 
 
-def _naming(parts: Mapping[str, object]) -> Naming:
+def _pair(name: str, part: Mapping[str, Tensor], settings: LoraSettings | None) -> LowRank:
+    a, b = part.get("a"), part.get("b")
+    if a is not None and a.dim() > 2:
+        raise UserError(f"adapter module {name} is of a convolution {list(a.shape)}; only linear layers are supported")
+    if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise UserError(f"adapter module {name} is no pair [r, in], [out, r]")
+    rank = a.shape[0]
+    own = float(part["alpha"]) if "alpha" in part else None
+    if settings is None:
+        return LowRank(a=a, b=b, alpha=float(rank) if own is None else own)
+    if settings.rank_of(name) != rank:
+        raise UserError(f"adapter module {name} has rank {rank}, its configuration says {settings.rank_of(name)}; one of them is another's")
+    alpha = settings.alpha_of(name)
+    if own is not None and not isclose(own, alpha, rel_tol=1e-6):
+        raise UserError(f"adapter module {name} has alpha {own:g} in the file and {alpha:g} by its configuration; remove one")
+    return LowRank(a=a, b=b, alpha=alpha)
+
+
+def _naming(parts: Mapping[str, object]) -> tuple[Naming, str]:
+    """(naming, prefix of every name)."""
     for naming, prefix in PREFIXES.items():
         if all(name.startswith(prefix) for name in parts):
-            return naming
+            return naming, prefix
+    other = sorted(name for name in parts if name.startswith(OTHER_PARTS))
+    if other:
+        raise UserError(f"the adapter is also for a text encoder, for example {other[0]}; save the transformer's part on its own")
+    if not any(name.startswith(tuple(PREFIXES.values())) for name in parts):
+        return "diffusers", ""
     some = ", ".join(sorted(parts)[:2])
     raise UserError(f"adapter names start with none of {', '.join(PREFIXES.values())} throughout, for example {some}")
 

@@ -19,8 +19,13 @@ class Args:
 
 def run(args: Args) -> Answer:
     """Names, sizes, what they are for."""
-    rows = [
-        {"name": name, "parameters": parameter_count(recipe().model), "about": (recipe.__doc__ or "").splitlines()[0]}
+    rows: list[dict[str, object]] = [
+        {
+            "name": name,
+            "parameters": parameter_count(recipe().model),
+            "follows": recipe().init.follows,
+            "about": (recipe.__doc__ or "").splitlines()[0],
+        }
         for name, recipe in recipes.RECIPES.items()
     ]
     return Answer(data=rows, show=lambda: _show(rows))
@@ -30,7 +35,7 @@ def _show(rows: list[dict[str, object]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("recipe", "parameters", "about")
+    table = Table("recipe", "parameters", "follows", "about")
     for row in rows:
-        table.add_row(str(row["name"]), f"{row['parameters']:,}", str(row["about"]))
+        table.add_row(str(row["name"]), f"{row['parameters']:,}", str(row["follows"] or ""), str(row["about"]))
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,6 +78,8 @@ class Args(RecipeArgs):
     """Resolution at which first frames are drawn."""
     offload: Literal["none", "encoders", "model"] = "none"
     """What waits in host memory while it is not needed: encoders (text encoders are dropped, the autoencoder waits); model (that too)."""
+    shard: str | None = None
+    """i/n: draw the table's rows k with k % n = i. None takes SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or 0/1 without them."""
     save_latents: bool = False
     """Also write each clip's latent as .safetensors."""
     preview: bool = False
@@ -96,6 +99,7 @@ def defaults(words: Sequence[str]) -> Mapping[str, Any]:
 
 def run(args: Args) -> Answer | None:
     """Write the clips; exit code 1 when a row of the table could not be drawn."""
+    from megasora.config.array_task import task_of
     from megasora.inference.first_frames import FirstFrames
     from megasora.inference.refinement import Refinement
     from megasora.inference.requests import Common
@@ -125,6 +129,7 @@ def run(args: Args) -> Answer | None:
             end_image=args.end_image,
             video=args.video,
             common=common,
+            share=task_of(args.shard, os.environ),
         ),
         weights=args.weights,
         output=args.output,

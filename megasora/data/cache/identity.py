@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 from megasora.config.errors import UserError
 from megasora.config.io import from_dict, to_dict
 from megasora.config.schema import ConditionConfig, Dtype, EncodersConfig, RunConfig
 from megasora.data.cache.layout import CacheLayout, Latents, Store, layout_for
 from megasora.data.cache.shards import write_whole
+from megasora.data.cascade import decisions
 
 FILE, NULL_FILE = "cache.json", "null.safetensors"
 FORMAT = "megasora-cache-2"
-"""2: clips go through the autoencoder whole in time; before, diffusers' class cut them into 17-frame tiles."""
+"""2: clips go through the autoencoder whole in time, captions name the frame rate as the published ones do, and identity knows tiles, the
+rule of buckets and where clips start."""
 PARTS = ("vae", "t5", "clip")
 """Encoders, by their setting."""
 
@@ -57,15 +60,21 @@ class CacheSettings:
     samples: int
     """Planned clips."""
     seed: int | None
-    """Of the one posterior sample, for latents=sampled."""
+    """Of the one posterior sample, for latents=sampled, and of the one start, for temporal_start=random."""
     manifest_sha256: str
     resolution: str
     resolution_classes: tuple[str, ...]
     """Of data.resolution_mix."""
+    buckets: Literal["nearest", "published"]
+    bucket_decisions: tuple[str, ...]
+    """What of data.bucket_mix decides which shapes there are; not how likely each is."""
     frame_counts: tuple[int, ...]
     target_fps: float
+    temporal_start: Literal["first", "random"] | None
+    """Where the encoded frames begin: the first, or one start of each clip drawn when it was encoded; None without latents."""
     text_tokens: int
     temporal_compression: int
+    causal: bool
     spatial_compression: int
     tile_size: int
     """Of the autoencoder's tiles, in pixels; 0: pictures were not cut."""
@@ -123,14 +132,18 @@ def settings_of(
         conditions=tuple(kinds) if with_latents else (),
         samples_per_shard=samples_per_shard,
         samples=samples,
-        seed=config.train.seed if with_latents and latents == "sampled" else None,
+        seed=config.train.seed if with_latents and (latents == "sampled" or data.temporal_start == "random") else None,
         manifest_sha256=manifest_sha256,
         resolution=data.resolution,
         resolution_classes=resolution_classes(config),
+        buckets=data.buckets,
+        bucket_decisions=decisions(data.bucket_mix),
         frame_counts=data.frame_counts,
         target_fps=data.target_fps,
+        temporal_start=data.temporal_start if with_latents else None,
         text_tokens=data.text_tokens,
         temporal_compression=encoders.temporal_compression,
+        causal=encoders.causal,
         spatial_compression=encoders.spatial_compression,
         tile_size=encoders.tile_size,
         tile_overlap=encoders.tile_overlap,
@@ -155,6 +168,7 @@ def layout_of_run(config: RunConfig, *, store: Store, latents: Latents, kinds: S
         kinds=kinds,
         model=config.model,
         temporal_compression=config.encoders.temporal_compression,
+        causal=config.encoders.causal,
         spatial_compression=config.encoders.spatial_compression,
         dtype=config.encoders.dtype,
     )

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from megasora.config.latent_frames import latent_frames
 from megasora.config.schema import ModelConfig
 from megasora.data.cache.shards import END_BYTES, MEMBERS, Layout, key_of_clip, safetensors_size, tar_bytes
 from megasora.data.plan import PlannedClip
@@ -31,13 +32,13 @@ def latent_names(latents: Latents, run: tuple[int, int] | None) -> tuple[str, ..
     return tuple(f"{stem}{part}" for part in (("mean", "std") if latents == "mean_std" else ("sample",)))
 
 
-def stored_runs(kinds: Sequence[str], *, num_frames: int, temporal_compression: int) -> tuple[GivenFrames, ...]:
+def stored_runs(kinds: Sequence[str], *, num_frames: int, temporal_compression: int, causal: bool = True) -> tuple[GivenFrames, ...]:
     """Runs of frames that some of the kinds give for a clip of this length, each once, in order."""
-    fitting = possible_kinds(dict.fromkeys(kinds, 1.0), num_frames=num_frames)
+    fitting = possible_kinds(dict.fromkeys(kinds, 1.0), num_frames=num_frames, causal=causal)
     runs = {
         (run.start, run.count): run
         for kind in fitting
-        for run in given_frames(kind, num_frames=num_frames, temporal_compression=temporal_compression)
+        for run in given_frames(kind, num_frames=num_frames, temporal_compression=temporal_compression, causal=causal)
     }
     return tuple(runs[place] for place in sorted(runs))
 
@@ -52,6 +53,7 @@ class CacheLayout:
     """Conditions whose frames are stored; t2v needs none."""
     latent_channels: int
     temporal_compression: int
+    causal: bool
     spatial_compression: int
     text_dim: int
     vec_dim: int
@@ -68,8 +70,8 @@ class CacheLayout:
     @lru_cache(maxsize=4096)  # noqa: B019 (one small object per run)
     def _latents(self, num_frames: int, height: int, width: int) -> Layout:
         dtype, unit = TORCH_DTYPES[self.dtype], self.spatial_compression
-        frames = (num_frames - 1) // self.temporal_compression + 1
-        runs = stored_runs(self.kinds, num_frames=num_frames, temporal_compression=self.temporal_compression)
+        frames = latent_frames(num_frames, compression=self.temporal_compression, causal=self.causal)
+        runs = stored_runs(self.kinds, num_frames=num_frames, temporal_compression=self.temporal_compression, causal=self.causal)
         counts = [(None, frames), *(((run.start, run.count), run.latent_count) for run in runs)]
         return {
             name: (dtype, (self.latent_channels, count, height // unit, width // unit))
@@ -99,6 +101,7 @@ def layout_for(
     kinds: Sequence[str],
     model: ModelConfig,
     temporal_compression: int,
+    causal: bool,
     spatial_compression: int,
     dtype: Literal["fp32", "bf16"],
 ) -> CacheLayout:
@@ -109,6 +112,7 @@ def layout_for(
         kinds=tuple(kinds),
         latent_channels=model.latent_channels,
         temporal_compression=temporal_compression,
+        causal=causal,
         spatial_compression=spatial_compression,
         text_dim=model.text_dim,
         vec_dim=model.vec_dim,
@@ -128,11 +132,17 @@ def _text_size(text_tokens: int, text_dim: int, vec_dim: int, dtype: str) -> int
 
 def caption_of(clip: PlannedClip) -> str:
     """The caption a planned clip trains with."""
-    return training_caption(clip.clip.text, fps=clip.fps, motion_score=clip.clip.motion_score)
+    return training_caption(clip.clip.text, fps=clip.named_fps, motion_score=clip.clip.motion_score)
 
 
-def facts_json(clip: PlannedClip) -> bytes:
-    """The JSON member: what the sample is, for people and other readers."""
+def facts_json(clip: PlannedClip, *, offset: int = 0) -> bytes:
+    """The JSON member: what the sample is, for people and other readers.
+
+    Args:
+        clip: the planned clip.
+        offset: first of its frames that was encoded; the length does not depend on it.
+    """
+    start = clip.clip.start_frame
     facts = {
         "key": key_of_clip(clip),
         "id": clip.clip.id,
@@ -141,11 +151,12 @@ def facts_json(clip: PlannedClip) -> bytes:
         "num_frames": clip.num_frames,
         "height": clip.height,
         "width": clip.width,
-        "start_frame": clip.clip.start_frame,
+        "start_frame": start + offset,
         "stride": clip.stride,
         "fps": clip.fps,
     }
-    return json.dumps(facts, sort_keys=True).encode()
+    room = len(str(start + clip.num_starts - 1)) - len(str(start + offset))
+    return (json.dumps(facts, sort_keys=True) + " " * room).encode()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 DECODE_TIMEOUT_S = 120.0
@@ -27,7 +29,7 @@ Decoded = Tensor | DecodeError
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
-    """Frames start, start + stride, ... of a file, at a size, as they are to be shown: upright, with square pixels."""
+    """Frames of a file at a size, as they are to be shown: upright, with square pixels."""
 
     path: str
     start: int
@@ -37,6 +39,16 @@ class DecodeRequest:
     width: int
     crop: tuple[int, int, int, int] | None = None
     """(x, y, width, height) in pixels as stored, cut first; then turn upright, resize to cover and cut the centre."""
+    span: int | None = None
+    """Frames of the file over which the clip's are spread evenly, first and last included; None takes start, start + stride, ..."""
+
+    @property
+    def frames(self) -> NDArray[np.int64]:
+        """Numbers in the file of the wanted frames, ascending (spread as hpcaitech/Open-Sora opensora/datasets/utils.py,
+        temporal_random_crop, spreads them)."""
+        if self.span is None:
+            return self.start + self.stride * np.arange(self.num_frames)
+        return np.linspace(self.start, self.start + self.span - 1, self.num_frames, dtype=np.int64)
 
 
 class Decoder(Protocol):

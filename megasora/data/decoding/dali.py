@@ -166,7 +166,7 @@ class DaliDecoder:
         try:
             self._pipeline = self._pipeline or self._build()
             (output,) = self._pipeline.run(**{name: [sample.arguments[name] for sample in samples] for name in _INPUTS})
-            videos = [torch.utils.dlpack.from_dlpack(output[place]).clone() for place in range(len(samples))]
+            videos = [_chosen(sample.request, torch.utils.dlpack.from_dlpack(output[place])) for place, sample in enumerate(samples)]
             if self.on_gpu:  # the copies are only queued, and the next run may write into DALI's buffers
                 torch.cuda.current_stream(self.device_id).synchronize()
         except RuntimeError as error:
@@ -288,15 +288,29 @@ def _sample(request: DecodeRequest, facts: VideoFacts) -> _Sample:
     arguments: dict[str, NDArray[Any]] = {
         "content": np.fromfile(request.path, dtype=np.uint8),
         "start": np.array(request.start, dtype=np.int32),
-        "stride": np.array(request.stride, dtype=np.int32),
-        "frames": np.array(request.num_frames, dtype=np.int32),
+        "stride": np.array(1 if request.span is not None else request.stride, dtype=np.int32),
+        "frames": np.array(_read_frames(request), dtype=np.int32),
         "crop_at": np.array((y, x), dtype=np.int32),
         "crop_size": np.array((crop_height, crop_width), dtype=np.int32),
         "cover": np.array((height, width), dtype=np.float32),
         "cut_at": np.array(((height - size[0]) // 2, (width - size[1]) // 2), dtype=np.int32),
         "cut_size": np.array(size, dtype=np.int32),
     }
-    return _Sample(request=request, arguments=arguments, full_size_bytes=3 * facts.height * facts.width * request.num_frames)
+    return _Sample(request=request, arguments=arguments, full_size_bytes=3 * facts.height * facts.width * _read_frames(request))
+
+
+def _read_frames(request: DecodeRequest) -> int:
+    """Frames that DALI gives: it takes one stride, so of frames spread over a span all are read and some are chosen. A list of frames,
+    which it takes too, would make a short read fail the whole run."""
+    return request.num_frames if request.span is None else request.span
+
+
+def _chosen(request: DecodeRequest, video: Tensor) -> Tensor:
+    """A copy of the request's frames out of those that were read; of a short read, as many as there are."""
+    if request.span is None:
+        return video.clone()
+    places = request.frames - request.start
+    return video[:, torch.from_numpy(places[places < video.shape[1]]).to(video.device)]
 
 
 def _checked(request: DecodeRequest, video: Tensor) -> Decoded:

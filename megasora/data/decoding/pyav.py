@@ -92,21 +92,21 @@ class PyAVDecoder:
         return f"decoding took longer than {self.timeout_s:g} s"
 
     def _read(self, request: DecodeRequest, target: _Pixels, *, deadline: float, seek: bool) -> None:
-        last = request.start + request.stride * (request.num_frames - 1)
+        wanted = request.frames.tolist()
         done, spoilage = 0, Spoilage()
         with av.open(request.path, timeout=max(deadline - time.monotonic(), 1e-3)) as container:
             stream = _video_stream(container, request.path)
             stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
             resize = _Resize(request, aspect=pixel_aspect(stream))
             for number, frame in numbered_frames(container, stream, start=request.start, seek=seek, deadline=deadline):
-                if number > last:
+                if number > wanted[-1]:
                     break
                 spoiled = spoilage.of(number, frame)
                 if number < request.start:
                     continue
                 if spoiled is not None:  # also between strides: later frames are predicted from it
                     raise DecodeError(f"{request.path}: frame {spoiled} is corrupt")
-                if (number - request.start) % request.stride == 0:
+                if number == wanted[done]:
                     resize.into(target[:, done], frame)
                     done += 1
         check_count(request, num_frames=done)

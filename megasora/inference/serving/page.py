@@ -91,7 +91,9 @@ def _form(gr: Any, studio: Studio) -> tuple[dict[str, Any], Any, Any]:
         parts["height"] = gr.Number(run.height, label="Height", precision=0, step=studio.unit, visible=False, elem_id="height")
         parts["width"] = gr.Number(run.width, label="Width", precision=0, step=studio.unit, visible=False, elem_id="width")
     with gr.Row():
-        parts["num_frames"] = gr.Number(run.num_frames, label="Frames (4k+1)", precision=0, step=4, min_width=90, elem_id="num_frames")
+        parts["num_frames"] = gr.Number(
+            run.num_frames, label=f"Frames ({studio.frame_rule})", precision=0, step=4, min_width=90, elem_id="num_frames"
+        )
         parts["steps"] = gr.Number(run.steps, label="Steps", precision=0, min_width=90, elem_id="steps")
         parts["guidance"] = gr.Number(run.guidance, label="Guidance", step=0.5, min_width=90, elem_id="guidance")
     with gr.Row(equal_height=True):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megasora.config.errors import UserError
+from megasora.config.latent_frames import frame_rule
 from megasora.config.schema import SampleConfig
 from megasora.inference.refine_settings import RefineConfig
 from megasora.inference.refinement import Refinement
@@ -87,6 +88,12 @@ class Studio:
         """Pixels of a token's side."""
         config = self.sampler.session.config
         return config.encoders.spatial_compression * config.model.patch_size
+
+    @property
+    def frame_rule(self) -> str:
+        """Which numbers of frames the autoencoder takes."""
+        encoders = self.sampler.session.config.encoders
+        return frame_rule(compression=encoders.temporal_compression, causal=encoders.causal)
 
     def draw(self, form: Form, *, on_step: Callable[[int, int], None]) -> Drawing:
         """A form's clip; `on_step` gets steps done and their number. What a person can mend is in `said`, nothing is raised for it."""

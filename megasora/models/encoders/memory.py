@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
 from megasora.config.errors import UserError
+from megasora.config.latent_frames import latent_frames
 from megasora.config.schema import EncodersConfig
 from megasora.models.encoders.bundle import be_quiet
 from megasora.models.encoders.tiling import Tiling
@@ -47,9 +48,8 @@ def autoencoder_memory(config: EncodersConfig, *, num_frames: int, height: int, 
         vae = HunyuanVAE(_network(config.vae).to(dtype), tiling=Tiling.of(config))
         video = torch.empty(3, num_frames, height, width, dtype=dtype)
         ratio = vae.spatial_compression
-        latent = torch.empty(
-            vae.latent_channels, (num_frames - 1) // vae.temporal_compression + 1, height // ratio, width // ratio, dtype=dtype
-        )
+        frames = latent_frames(num_frames, compression=vae.temporal_compression, causal=True)
+        latent = torch.empty(vae.latent_channels, frames, height // ratio, width // ratio, dtype=dtype)
         weights = list(vae.vae.parameters())
         with Allocations([*weights, video]) as encoding:
             vae.posterior(video)

@@ -13,9 +13,9 @@ from megasora.data.cache.layout import caption_of, facts_json, latent_names, sto
 from megasora.data.cache.shards import MEMBERS, ShardFacts, ShardWriter, layout_of, safetensors_bytes
 from megasora.data.decoding.contract import Decoded, DecodeError, Decoder, normalise
 from megasora.data.loader import ClipLoader
-from megasora.data.plan import PlannedClip, request_of
+from megasora.data.plan import PlannedClip, request_of, start_of
 from megasora.diffusion.conditions import GivenFrames
-from megasora.diffusion.philox import Stream, key_of
+from megasora.diffusion.philox import Stream, key_of, uniform
 from megasora.models.encoders.bundle import Encoders
 from megasora.models.encoders.posterior import Posterior
 from megasora.training.encode.plan import EncodePlan
@@ -68,7 +68,7 @@ class ShardMaker:
             return
         data = self.plan.config.data
         loader = ClipLoader(
-            ([request_of(self.plan.clips[sample])] for sample in samples),
+            ([request_of(self.plan.clips[sample], offset=self._offset(sample))] for sample in samples),
             decoder=self._decoder,
             workers=data.decode_workers,
             ahead=2 * data.decode_workers,
@@ -94,8 +94,15 @@ class ShardMaker:
         if self.plan.settings.has_text:
             text, vec = self.encoders.encode_text([caption_of(clip)], max_tokens=clip.text_tokens)
             members[MEMBERS[1]] = self._checked({"t5": text[0], "clip": vec[0]}, self.plan.layout.text_of(clip))
-        members[MEMBERS[2]] = facts_json(clip)
+        members[MEMBERS[2]] = facts_json(clip, offset=self._offset(sample))
         writer.add(sample, clip, members)
+
+    def _offset(self, sample: int) -> int:
+        """First frame of a clip that is encoded."""
+        settings = self.plan.settings
+        if settings.temporal_start != "random" or settings.seed is None:
+            return 0
+        return start_of(self.plan.clips[sample], uniform=uniform(key=key_of(seed=settings.seed, stream=Stream.START, sample=sample)))
 
     def _checked(self, tensors: dict[str, Tensor], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
         found = dict(layout_of(tensors))
@@ -106,7 +113,9 @@ class ShardMaker:
     def _latents(self, sample: int, clip: PlannedClip, video: Tensor) -> dict[str, Tensor]:
         """Latents of the clip and of its given frames, each encoded on its own."""
         settings = self.plan.settings
-        runs = stored_runs(settings.conditions, num_frames=clip.num_frames, temporal_compression=settings.temporal_compression)
+        runs = stored_runs(
+            settings.conditions, num_frames=clip.num_frames, temporal_compression=settings.temporal_compression, causal=settings.causal
+        )
         whole: list[GivenFrames | None] = [None, *runs]
         result: dict[str, Tensor] = {}
         elements = 0
@@ -120,6 +129,6 @@ class ShardMaker:
 
     def _parts_of(self, posterior: Posterior, sample: int, first_element: int) -> tuple[Tensor, ...]:
         seed = self.plan.settings.seed
-        if seed is None:
+        if seed is None or self.plan.settings.latents == "mean_std":
             return posterior.mean, posterior.std
         return (posterior.sample(key=key_of(seed=seed, stream=Stream.VAE, sample=sample), first_element=first_element),)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from megasora.config.array_task import task_of
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
 from megasora.data.cache.identity import PARTS
@@ -25,7 +26,7 @@ from megasora.data.manifest import read_manifest
 from megasora.models.encoders.bundle import load_encoders
 from megasora.parallel import groups
 from megasora.training.encode.maker import ShardMaker
-from megasora.training.encode.plan import EncodePlan, plan_encode, task_of
+from megasora.training.encode.plan import EncodePlan, plan_encode
 from megasora.training.encode.record import CacheRecord
 from megasora.training.encode.settings import EncodeResult, EncodeSettings, OnProgress
 

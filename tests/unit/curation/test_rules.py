@@ -11,7 +11,7 @@ import pytest
 
 from megasora.curation.columns import SCORES, SHOTS
 from megasora.curation.rules import STAGES, FilterRules, active_rules
-from megasora.data.buckets import SIZES
+from megasora.data.buckets import published_sizes
 from tests.unit.curation.test_filter import row
 
 RULES = FilterRules(
@@ -108,7 +108,7 @@ def test_an_image_passes_what_only_a_video_has() -> None:
 
 @pytest.mark.parametrize("stage", ["256px", "768px"])
 def test_a_stage_enlarges_no_clip_to_the_shortest_side_of_its_class(stage: str) -> None:
-    side = min(min(size) for size in SIZES[stage])
+    side = min(min(size) for size in published_sizes(stage, 16).values())
     rules = replace(STAGES[stage], duplicate_bits=None)  # type: ignore[index]
     assert failed(rules, resolution=side * side, aspect_ratio=1.0) == []
     assert failed(rules, resolution=(side - 1) ** 2, aspect_ratio=1.0) == ["min_side_px"]

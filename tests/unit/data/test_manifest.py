@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,18 @@ def test_numbers_hold_beyond_the_first_block_of_a_large_file(tmp_path: Path) -> 
 def test_a_table_of_such_rows_alone_is_refused_with_the_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no usable row \(row 0: 1 cells instead of 6"):
         read_manifest(table(tmp_path, "a.mp4"))
+
+
+def test_published_columns_are_read_and_others_named(tmp_path: Path) -> None:
+    """score_vmafmotion before our vmaf_motion; what pandas writes for nothing is nothing; the rest is named in the table's order."""
+    path = tmp_path / "m.csv"
+    path.write_text(
+        "path,text,num_frames,height,width,aspect_ratio,resolution,fps,score_aes,score_vmafmotion,vmaf_motion,media\n"
+        "a.mp4,x,50,64,64,1,4096,24.0,5.1,3.5,9,video\n"
+        "b.mp4,x,50,64,64,1,4096,24.0,5.1,nan,9,video\n"
+        "c.png,x,1,64,64,1,4096,nan,5.1,,,image\n"
+    )
+    manifest = read_manifest(path)
+    assert [clip.motion_score for clip in manifest.clips] == [3.5, 9.0, None]
+    assert [math.isnan(clip.fps) for clip in manifest.clips] == [False, False, True]
+    assert manifest.unread == ("score_aes", "media")

@@ -9,7 +9,7 @@ import pytest
 
 from megasora import cli
 from megasora.config.errors import UserError
-from megasora.data.pack_stats import simulate_buckets, simulate_packs
+from megasora.data.pack_stats import published_batch, simulate_buckets, simulate_packs
 from megasora.parallel.pack import PackSplit, SampleShape
 
 
@@ -41,13 +41,22 @@ def test_one_sample_on_two_replicas_wastes_half() -> None:
 
 
 def test_buckets_keep_every_sample() -> None:
-    shapes, frames = [shape(6)] * 7 + [shape(40)] * 5, [1] * 7 + [33] * 5
-    stats = simulate_buckets(shapes, frames, batch_sizes={1: 3, 33: 2}, replicas=2, hidden_size=16)
+    shapes, sizes = [shape(6)] * 7 + [shape(40)] * 5, [3] * 7 + [2] * 5
+    stats = simulate_buckets(shapes, sizes, replicas=2, hidden_size=16)
     assert (stats.samples, stats.tokens) == (12, 7 * 8 + 5 * 42)
     assert stats.steps == 3  # 3 batches of images and 3 of clips, two a step
     assert stats.imbalance_mean > 1.0
-    with pytest.raises(UserError, match="no batch size for .33."):
-        simulate_buckets(shapes, frames, batch_sizes={1: 3}, replicas=2, hidden_size=16)
+    drawn = simulate_buckets(shapes, sizes, replicas=2, hidden_size=16, taken=[0, 0, 8])
+    assert (drawn.samples, drawn.tokens, drawn.steps) == (3, 2 * 8 + 42, 1)
+
+
+def test_a_published_batch_is_that_of_the_next_longer_bound() -> None:
+    """stage1.py: 12 up to 33 frames, 6 up to 65; stage2_i2v.py, for 4 ranks: 10 and 5 of 768px."""
+    found = [published_batch("256px", frames, context_ranks=1) for frames in (1, 5, 33, 37, 65, 129)]
+    assert found == [45, 12, 12, 6, 6, 3]
+    assert [published_batch("768px", frames, context_ranks=4) for frames in (1, 33, 37)] == [38, 10, 5]
+    with pytest.raises(UserError, match="no published batch size for 5 frames of 768px at CP 1"):
+        published_batch("768px", 5, context_ranks=1)
 
 
 def write_table(path: Path, rows: int) -> None:

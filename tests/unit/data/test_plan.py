@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megasora.data.buckets import choose_frames, choose_size, stride_to, token_grid
+from megasora.data.buckets import choose_frames, choose_size, named_fps, stride_to, token_grid
 from megasora.data.plan import SamplerState, assign_packs, next_step, sample_cost
 from megasora.diffusion.captions import training_caption
 
@@ -44,12 +44,29 @@ def test_packs_of_mixed_lengths_cost_the_same() -> None:
 def test_sizes_frames_and_strides() -> None:
     assert choose_size(1080, 1920, resolution="256px", multiple=16) == (192, 336)
     assert choose_size(1920, 1080, resolution="256px", multiple=16) == (336, 192)
+    assert choose_size(130, 80, resolution="64px", multiple=16) == (80, 48)
     assert choose_size(100, 130, resolution="manifest", multiple=16) == (96, 128)
     assert choose_frames(100, frame_counts=(129, 97, 65, 33, 1)) == 97
     assert [stride_to(fps, target_fps=24.0) for fps in (24.0, 25.0, 30.0, 60.0)] == [1, 2, 2, 3]
     assert token_grid(129, 256, 256, temporal_compression=4, spatial_compression=8, patch_size=2) == (33, 16, 16)
+    dc_ae = {"temporal_compression": 4, "spatial_compression": 32, "patch_size": 1, "causal": False}
+    assert [token_grid(frames, 768, 768, **dc_ae)[0] for frames in (1, 4, 16, 128)] == [1, 1, 4, 32]  # type: ignore[arg-type]
+    assert token_grid(128, 768, 768, **dc_ae) == (32, 24, 24)  # type: ignore[arg-type]
 
 
 def test_captions_carry_what_is_known() -> None:
-    assert training_caption("A cat", fps=12.0, motion_score=3.6) == "A cat 12 FPS, 4 motion score."
+    assert training_caption("A cat", fps=12, motion_score=3.6) == "A cat 12 FPS, 4 motion score."
+    assert training_caption("A cat", fps=16.0, motion_score=None) == "A cat 16.0 FPS."
     assert training_caption("A cat", fps=None, motion_score=None) == "A cat"
+
+
+def test_a_caption_names_the_rate_as_the_published_one_does() -> None:
+    """Below the cap the file's own number, else the strided rate rounded down (hpcaitech/Open-Sora opensora/datasets/utils.py)."""
+    named = [
+        (fps, named_fps(fps, stride_to(fps, target_fps=24.0), target_fps=24.0)) for fps in (16.0, 23.976, 24.0, 25.0, 29.97, 30.0, 60.0)
+    ]
+    assert named == [(16.0, 16.0), (23.976, 23.976), (24.0, 24), (25.0, 12), (29.97, 14), (30.0, 15), (60.0, 20)]
+    suffixes = [training_caption("", fps=fps, motion_score=None) for _, fps in named]
+    assert suffixes == [f" {text} FPS." for text in ("16.0", "23.976", "24", "12", "14", "15", "20")]
+    assert named_fps(float("nan"), 1, target_fps=24.0) is None
+    assert named_fps(30.0, 1, target_fps=1000.0) is None  # no cap, no suffix

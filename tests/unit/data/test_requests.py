@@ -23,7 +23,9 @@ def test_a_request_has_the_start_stride_and_crop_of_its_clip() -> None:
         path="a.mp4", start=7, stride=3, num_frames=33, height=256, width=256, crop=(4, 0, 720, 720)
     )
     assert planned.grid == (9, 16, 16)
-    assert planned.fps == 20.0
+    assert (planned.fps, planned.named_fps) == (20.0, 20)
+    assert planned.num_starts == 2  # 33 frames at stride 3 are 97 of the 98
+    assert request_of(planned, offset=1).start == 8
     with pytest.raises(ValueError, match="fill none"):
         plan_clip(replace(CLIP, num_frames=96), data=DataConfig(frame_counts=(33,)), encoders=EncodersConfig(), patch_size=2)
 

@@ -1,4 +1,5 @@
-"""Which frames each condition gives, by hand for the published lengths: 129 frames are 33 latent frames, 33 are 9, 65 are 17."""
+"""Which frames each condition gives, by hand for the published lengths: 129 frames are 33 latent frames, 33 are 9, 65 are 17. Where the
+autoencoder is not causal 128 are 32, 32 are 8, 64 are 16 (hpcaitech/Open-Sora opensora/utils/train.py)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,36 @@ KINDS = {
     "v2v_tail_easy": ([(64, 65)], list(range(16, 33))),
 }
 """Kind -> (first pixel frame, count) of its runs, and the latent frames they become, of a clip of 129 frames."""
+
+
+UNCAUSAL = {
+    "t2v": ([], []),
+    "i2v_head": ([(0, 1)], [0]),
+    "i2v_loop": ([(0, 1), (127, 1)], [0, 31]),
+    "i2v_tail": ([(127, 1)], [31]),
+    "v2v_head": ([(0, 32)], list(range(8))),
+    "v2v_tail": ([(96, 32)], list(range(24, 32))),
+    "v2v_head_easy": ([(0, 64)], list(range(16))),
+    "v2v_tail_easy": ([(64, 64)], list(range(16, 32))),
+}
+"""The same of a clip of 128 frames and an autoencoder that is not causal."""
+
+
+@pytest.mark.parametrize("kind", UNCAUSAL)
+def test_without_causality_given_frames_are_multiples_of_four(kind: str) -> None:
+    runs, places = UNCAUSAL[kind]
+    given = given_frames(kind, num_frames=128, causal=False)
+    assert [(run.start, run.count) for run in given] == runs
+    covered = [run.latent_start + frame for run in given for frame in range(run.latent_count)]
+    assert covered == places
+
+
+@pytest.mark.parametrize(("num_frames", "fitting"), [(1, 0), (4, 3), (32, 3), (36, 5), (64, 5), (68, 7)])
+def test_without_causality_a_condition_leaves_a_latent_frame_to_make(num_frames: int, fitting: int) -> None:
+    weights = {kind: 1.0 for kind in UNCAUSAL if kind != "t2v"}
+    assert len(possible_kinds(weights, num_frames=num_frames, causal=False)) == max(1, fitting)
+    drawn = draw_kind({"v2v_head": 1.0}, num_frames=num_frames, uniform=0.5, causal=False)
+    assert drawn == ("v2v_head" if num_frames > 32 else "t2v")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megasora import recipes
+from megasora.config.array_task import task_of
 from megasora.config.errors import UserError
 from megasora.config.schema import ConditionConfig, RunConfig
-from megasora.data.cache.identity import encoder_facts
-from megasora.data.cache.layout import CacheLayout, stored_runs
+from megasora.data.cache.identity import CacheSettings, differences, encoder_facts, layout_of_run, settings_of
+from megasora.data.cache.layout import CacheLayout, facts_json, stored_runs
 from megasora.data.cache.reading import open_cache
 from megasora.data.cache.shards import (
     MEMBERS,
@@ -41,7 +42,7 @@ from megasora.data.manifest import read_manifest
 from megasora.data.plan import PlannedClip, plan_clips
 from megasora.data.tiny_clips import make_tiny_clips
 from megasora.models.encoders.tiny import make_tiny_encoders
-from megasora.training.encode.plan import plan_encode, task_of
+from megasora.training.encode.plan import plan_encode
 from megasora.training.encode.run import run_encode
 from megasora.training.encode.settings import EncodeResult, EncodeSettings
 
@@ -327,12 +328,47 @@ def test_a_full_size_sample_has_the_bytes_the_sizes_say(config: RunConfig) -> No
     clip = replace(clips[0], num_frames=129, height=192, width=336, text_tokens=512)
     layout = CacheLayout(
         store="both", latents="mean_std", kinds=("i2v_head",), latent_channels=stage.model.latent_channels, temporal_compression=4,
-        spatial_compression=8, text_dim=4096, vec_dim=768, dtype="bf16",
+        causal=True, spatial_compression=8, text_dim=4096, vec_dim=768, dtype="bf16",
     )  # fmt: skip
     sizes = layout.member_sizes(clip)
     values = 16 * 24 * 42 * 2
     assert sizes[MEMBERS[0]] == safetensors_size(layout.latents_of(clip)) == 2 * (33 + 1) * values + len_of_header(layout.latents_of(clip))
     assert sizes[MEMBERS[1]] == 2 * (512 * 4096 + 768) + len_of_header(layout.text_of(clip))
+
+
+def test_a_non_causal_autoencoder_stores_a_quarter_of_the_frames(config: RunConfig) -> None:
+    """128 frames at 768 x 768 are 32 latent frames of 24 x 24 with 128 channels, 32 given ones 8; an image is one."""
+    dc_ae = recipes.get("opensora2_dc_ae")
+    clips, _ = plan_clips(read_manifest(str(config.data.manifest)).clips, data=config.data, encoders=config.encoders, model=config.model)
+    layout = layout_of_run(dc_ae, store="latents", latents="sampled", kinds=("i2v_tail", "v2v_head"))
+    shapes = layout.latents_of(replace(clips[0], num_frames=128, height=768, width=768))
+    frames = {"sample": 32, "given.0.32.sample": 8, "given.127.1.sample": 1}
+    assert {name: shape for name, (_, shape) in shapes.items()} == {name: (128, count, 24, 24) for name, count in frames.items()}
+    assert layout.latents_of(replace(clips[0], num_frames=1, height=768, width=768))["sample"][1] == (128, 1, 24, 24)
+
+
+def test_what_decides_the_shapes_and_starts_is_part_of_a_cache(config: RunConfig) -> None:
+    """Probabilities are not, unless they become certain; text does not depend on where a clip starts."""
+
+    def settings(probability: float, *, start: str = "first", store: str = "both") -> CacheSettings:
+        data = replace(config.data, bucket_mix=(("64px", 9, probability, 0.0),), temporal_start=start)  # type: ignore[arg-type]
+        common = {"latents": "mean_std", "kinds": (), "samples_per_shard": 4, "samples": 1, "manifest_sha256": ""}
+        return settings_of(replace(config, data=data), store=store, **common)  # type: ignore[arg-type]
+
+    assert settings(0.5) == settings(0.4)
+    assert differences(settings(0.5), settings(1.0)) == [
+        "bucket_decisions is ['64px 9 always never'] in the cache and ['64px 9 sometimes never'] in this run"
+    ]
+    assert {line.split()[0] for line in differences(settings(0.5), settings(0.5, start="random"))} == {"temporal_start", "seed"}
+    assert settings(0.5, store="text") == settings(0.5, start="random", store="text")
+
+
+def test_the_facts_of_a_sample_are_as_long_wherever_it_starts(config: RunConfig) -> None:
+    clips, _ = plan_clips(read_manifest(str(config.data.manifest)).clips, data=config.data, encoders=config.encoders, model=config.model)
+    clip = next(replace(clip, num_starts=120) for clip in clips if clip.num_frames > 1)
+    facts = [facts_json(clip, offset=offset) for offset in (0, 9, 10, 119)]
+    assert len({len(one) for one in facts}) == 1
+    assert [json.loads(one)["start_frame"] for one in facts] == [0, 9, 10, 119]
 
 
 def len_of_header(layout: Any) -> int:

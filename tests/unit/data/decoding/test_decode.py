@@ -46,6 +46,15 @@ def test_frames_are_the_ones_asked_for(stairs: Path, start: int, stride: int) ->
     assert frame_numbers(video) == [start + n * stride for n in range(5)]
 
 
+def test_frames_may_be_spread_over_a_span(stairs: Path) -> None:
+    """5 frames over 15 (stride 3): 14 / 4 = 3.5 apart, rounded down."""
+    video = PyAVDecoder().decode(request(stairs, start=40, stride=3, span=15))
+    assert frame_numbers(video) == [40, 43, 47, 50, 54]
+    assert PyAVDecoder().decode(request(stairs, start=85, stride=3, span=15)).shape[1] == 5  # up to the last frame, 99
+    with pytest.raises(DecodeError, match="4 of 5"):
+        PyAVDecoder().decode(request(stairs, start=86, stride=3, span=15))
+
+
 def test_a_short_read_is_an_error(stairs: Path) -> None:
     with pytest.raises(DecodeError, match="4 of 5"):
         PyAVDecoder().decode(request(stairs, start=96))

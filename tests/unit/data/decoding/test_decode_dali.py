@@ -47,6 +47,7 @@ def test_one_run_of_many_shapes_agrees_with_pyav(clips: dict[str, Path]) -> None
         request(clips["b.webm"], start=5, stride=3, num_frames=8, height=64, width=48),
         request(clips["a.webm"], start=7, num_frames=4, height=32, width=32, crop=(33, 10, 90, 70)),
         request(clips["b.webm"], num_frames=1, height=96, width=96),
+        request(clips["a.webm"], start=10, stride=3, num_frames=6, height=48, width=80, span=18),
     ]
     decoder = DaliDecoder(device=CPU, num_threads=4)
     assert isinstance(decoder, BatchDecoder) and decoder.batch_size == 4
@@ -68,11 +69,13 @@ def test_a_bad_request_of_a_run_costs_only_itself(clips: dict[str, Path], tmp_pa
         request(tmp_path / "missing.webm"),
         request(clips["b.webm"], crop=(50, 0, 90, 64)),
         request(clips["b.webm"]),
+        request(clips["b.webm"], start=16, stride=3, span=15),
     ]
     results = DaliDecoder(device=CPU, num_threads=4).pixels_many(wanted)
-    assert [isinstance(result, torch.Tensor) for result in results] == [True, False, False, False, False, False, True]
+    assert [isinstance(result, torch.Tensor) for result in results] == [True, False, False, False, False, False, True, False]
     for result, reason in zip(results[2:6], ("2 of 5", "does not decode h264", "missing.webm", "outside 96x128"), strict=True):
         assert reason in str(result) and "\n" not in str(result)
+    assert "4 of 5" in str(results[7])  # of 30 frames: 16, 19, 23, 26, and no 30
 
 
 def test_mixed_sends_each_file_to_the_decoder_that_can(clips: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""How good clips are: fidelity to others, people's votes, VBench."""

@@ -1,0 +1,1 @@
+"""VBench: the clips it wants, and its results beside published ones."""
