@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from megasora import cli
+from megasora.cli.parsing import parse
 from megasora.config.errors import UserError
 from megasora.data.decoding.writer import write_picture
 from megasora.inference.chat import INSTRUCTIONS, NoAnswerError, asker
@@ -251,6 +253,18 @@ def test_settings_that_cannot_work(config: dict[str, Any], words: str) -> None:
         asker(RefineConfig(**config))
     with pytest.raises(UserError, match="asks a language model"):
         Refinement(config=RefineConfig(), motion_score=True).check()
+
+
+def test_flags_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "tiny", "--weights", "w", "--output", "o", "--prompt", "a"]
+    _, args = parse([*words, "--refine.url", "http://x/v1", "--refine.no_prompts", "--motion_score", "dynamic"])
+    assert args.refine == RefineConfig(url="http://x/v1", prompts=False) and args.motion_score == "dynamic"
+    _, args = parse([*words, "--motion_score", "6"])
+    assert args.refine == RefineConfig() and not args.refine.on and args.motion_score == 6.0
+    with pytest.raises(SystemExit) as end:
+        cli.main([*words, "--motion_score", "dynamic"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "give --refine.url or --refine.function, or a number" in said and said.count("\n") == 1
 
 
 def test_a_record_does_not_tell_a_password() -> None:
