@@ -40,17 +40,20 @@ CURATION = [
     "scenedetect-headless>=0.7",
 ]
 RAY = ["ray>=2.40"]
+SERVE = ["gradio>=6,<7"]
 EVALUATE = ["scikit-image>=0.25"]
 EXTRAS = {
     "data": [*DALI, *CURATION],
     "ray": RAY,
     "evaluate": EVALUATE,
+    "serve": SERVE,
     "gpu": [*DALI, "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
     "flash": ["flash-attn==2.8.3"],
     "dev": [
         *DALI,
         *CURATION,
         *RAY,
+        *SERVE,
         *EVALUATE,
         "peft",  # writes the adapters that tests merge
         "accelerate",

@@ -83,10 +83,10 @@ def draw_first_frames(
             made.append(request)
             continue
         size = picture_size(request, resolution=settings.resolution, multiple=unit)
-        picture = replace(request, size=size)
+        picture = replace(request, size=size, prompt=request.picture_prompt or request.prompt)
         record = record_of(
             picture,
-            caption=request.prompt,
+            caption=picture.prompt,
             config=world.config,
             model=session.model,
             weights=settings.weights,

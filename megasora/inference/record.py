@@ -19,7 +19,7 @@ from megasora.data.cache.identity import encoder_facts, file_sha256, library_ver
 from megasora.inference.requests import ClipRequest
 
 FORMAT = "megasora-clip-1"
-UNSETTLED = ("made", "versions", "layout", "paths", "search")
+UNSETTLED = ("made", "versions", "layout", "paths", "search", "refined_from", "refinement")
 """Parts of a record in which two records of the same clip may differ."""
 NOT_OF_A_CLIP = ("height", "width", "num_frames", "seed", "guidance_parallel", "reuse_check")
 """Settings of a run's sample section that a clip has of its own, or that only say where it is computed."""
@@ -64,11 +64,15 @@ def record_of(
         hashes: of `hashes_of`.
     """
     sample = {name: value for name, value in to_dict(config.sample).items() if name not in NOT_OF_A_CLIP}
+    if request.motion_score is not None:
+        sample["motion_score"] = request.motion_score
+    asked = {} if request.refinement is None else {"refined_from": request.refined_from, "refinement": dict(request.refinement)}
     sources = {name: path for name in ("image", "end_image", "video") if (path := getattr(request, name)) is not None}
     return {
         "format": FORMAT,
         "prompt": request.prompt,
         "caption": caption,
+        **asked,
         "negative": request.negative,
         "kind": request.kind,
         "given": {name: file_sha256(path) for name, path in sources.items()},

@@ -47,6 +47,14 @@ class ClipRequest:
     size: ClipSize
     aspect: str | None
     """Name of its aspect ratio, when it was asked for by name."""
+    motion_score: float | None = None
+    """Its own; None takes the run's."""
+    picture_prompt: str | None = None
+    """Prompt of a first frame that is drawn; None takes the clip's."""
+    refined_from: str | None = None
+    """The prompt before a language model rewrote it; None when it is as it was."""
+    refinement: Mapping[str, Any] | None = None
+    """Who was asked and what failed; None when nobody was asked."""
 
     @property
     def sources(self) -> tuple[Path, ...]:

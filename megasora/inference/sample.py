@@ -24,6 +24,7 @@ from megasora.data.decoding.writer import contact_sheet, write_picture, write_vi
 from megasora.inference.first_frames import FirstFrames, draw_first_frames
 from megasora.inference.given import check_sources
 from megasora.inference.record import Hashes, differences, hashes_of, read_record, record_of, write_record
+from megasora.inference.refinement import Refinement, refine
 from megasora.inference.requests import ClipRequest, Common, Unusable, read_requests, requests_of
 from megasora.inference.search import NoiseSearch, score
 from megasora.inference.session import Drawn, Offload, Session, World, start
@@ -77,6 +78,7 @@ def run_sample(
     offload: Offload = "none",
     first_frames: FirstFrames | None = None,
     extras: Extras | None = None,
+    refinement: Refinement | None = None,
 ) -> Outcome:
     """Draw the clips that are asked for into a folder.
 
@@ -88,12 +90,15 @@ def run_sample(
         offload: see `Session`.
         first_frames: draw the first frames of text-to-video clips with other weights; None goes from text to video.
         extras: what is written beside the clips, and how they are chosen.
+        refinement: who rewrites the prompts before they are drawn; None leaves them as they are.
 
     Raises:
         UserError: settings, weights or files do not fit, or a clip of that name was made from something else.
     """
     remembered = None if wanted.again is None else read_record(wanted.again)
     if remembered is not None:
+        if refinement is not None:
+            raise UserError("--again draws the text of the record; leave out --refine and --motion_score dynamic")
         config = _settings_of(remembered, config)
     requests, failed = _requests(config, wanted, remembered)
     world = start(config)
@@ -102,12 +107,15 @@ def run_sample(
     for request in requests:
         session.check(request)
     requests, unreadable = _readable(requests, world, one_by_one=wanted.table is not None)
+    if refinement is not None:
+        requests = refine(requests, refinement, folder=output, first_frames=first_frames is not None)
     own = requests[world.groups.number :: world.groups.count]
     with Progress(disable=dist.get_rank() != 0, transient=True) as progress:
         task = progress.add_task("sample", total=len(own) * config.sample.steps * (2 if first_frames else 1))
         maker = _Maker(session, output=output, weights=weights, select=select, extras=extras or Extras())
         if first_frames is not None:
-            session.shelf.encode_texts([text for request in own for text in (request.prompt, session.caption(request), request.negative)])
+            texts = [(one.picture_prompt or one.prompt, session.caption(one), one.negative) for one in own]
+            session.shelf.encode_texts([text for three in texts for text in three])
             own = draw_first_frames(
                 world,
                 own,
@@ -261,7 +269,9 @@ def _requests(config: RunConfig, wanted: Wanted, remembered: dict[str, Any] | No
         row = {**paths, **remembered["size"], **{name: remembered[name] for name in ("prompt", "negative", "kind", "seed")}}
         assert wanted.again is not None
         row["name"] = wanted.again.stem
-        return requests_of(row, number=0, config=config, common=replace(wanted.common, num_samples=1, kind=None), folder=here), []
+        common = replace(wanted.common, num_samples=1, kind=None)
+        (request,) = requests_of(row, number=0, config=config, common=common, folder=here)
+        return [replace(request, refined_from=remembered.get("refined_from"), refinement=remembered.get("refinement"))], []
     files = {"image": wanted.image, "end_image": wanted.end_image, "video": wanted.video}
     rows = [{"prompt": prompt, **files} for prompt in wanted.prompt]
     common = wanted.common

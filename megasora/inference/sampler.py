@@ -20,6 +20,7 @@ from megasora.config.schema import RunConfig, SampleConfig
 from megasora.data.decoding.writer import write_picture, write_video
 from megasora.inference.given import check_sources
 from megasora.inference.record import Hashes, hashes_of, record_of, write_record
+from megasora.inference.refinement import Refinement, refine
 from megasora.inference.requests import ClipRequest, Common, requests_of
 from megasora.inference.session import Drawn, Offload, Session, start
 
@@ -125,6 +126,7 @@ class Sampler:
         resolution: str | None = None,
         aspect: str | None = None,
         seed: int | None = None,
+        refinement: Refinement | None = None,
         on_step: Callable[[int], None] | None = None,
         **settings: Any,
     ) -> Clip:
@@ -137,6 +139,7 @@ class Sampler:
             negative: what it should not look like.
             resolution, aspect: its size by name: 768px, 16:9.
             seed: of its noise; None takes the settings'.
+            refinement: who rewrites the prompt first; None draws it as it is.
             on_step: called after each step.
             settings: fields of the run's sample section for this clip: num_frames, height, width, steps, guidance, ...
 
@@ -150,6 +153,8 @@ class Sampler:
         (request,) = requests_of(row, number=0, config=session.config, common=common, folder=Path())
         session.check(request)
         check_sources(request, session.config.encoders)
+        if refinement is not None:
+            (request,) = refine([request], refinement)
         latent, drawn = session.draw(request, session.prompt(request), on_step=on_step)
         pixels = session.decode(latent)
         return Clip(

@@ -102,7 +102,9 @@ class Session:
         """The request's prompt as the text encoders get it; a guidance-distilled model (FLUX) gets it as it is."""
         if self.model.guidance_embed:
             return request.prompt
-        return caption_of_prompt(request.prompt, settings=self.config.sample, num_frames=request.size.num_frames)
+        sample, own = self.config.sample, request.motion_score
+        settings = sample if own is None else replace(sample, motion_score=own)
+        return caption_of_prompt(request.prompt, settings=settings, num_frames=request.size.num_frames)
 
     def prompt(self, request: ClipRequest) -> Prompt:
         """Everything of a request, encoded, in host memory.

@@ -55,6 +55,7 @@ def _packages() -> list[dict[str, str]]:
         ("pdqhash", "hashes of frames", 'pip install "megasora[data]"'),
         ("faiss-cpu", "near-duplicates", 'pip install "megasora[data]"'),
         ("ray", "data probe, shots and score on a cluster", 'pip install "megasora[ray]"'),
+        ("gradio", "the page of serve", 'pip install "megasora[serve]"'),
         ("scikit-image", "SSIM of evaluate clips", 'pip install "megasora[evaluate]"'),
         ("diffusers", "the HunyuanVideo autoencoder", "pip install diffusers"),
         ("transformers", "T5 and CLIP", "pip install transformers"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megasora.cli.endings import Answer, lines, rank
 from megasora.cli.recipe_arguments import RecipeArgs, config_defaults
 from megasora.config.errors import UserError
+from megasora.inference.refine_settings import RefineConfig
 
 if TYPE_CHECKING:
     from megasora.inference.sample import Outcome
@@ -63,6 +64,10 @@ class Args(RecipeArgs):
     """Frames per second of the clip."""
     steps: int | None = None
     """Euler steps."""
+    motion_score: float | Literal["dynamic"] | None = None
+    """How much moves, 1 to 15, told to the model; dynamic asks --refine for each clip's; None takes --sample.motion_score."""
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    """Let a language model rewrite the prompts; off without --refine.url or --refine.function."""
     seed: int | None = None
     """Seed of the first clip's noise; the next ones take the next."""
     t2i_weights: Path | None = None
@@ -96,6 +101,7 @@ def run(args: Args) -> Answer | None:
     """Write the clips; exit code 1 when a row of the table could not be drawn."""
     from megasora.config.array_task import task_of
     from megasora.inference.first_frames import FirstFrames
+    from megasora.inference.refinement import Refinement
     from megasora.inference.requests import Common
     from megasora.inference.sample import Extras, Wanted, run_sample
     from megasora.inference.search import NoiseSearch
@@ -104,6 +110,11 @@ def run(args: Args) -> Answer | None:
         raise UserError("first frames need both --t2i_weights and --t2i_vae")
     names = ("height", "width", "num_frames", "fps", "steps", "seed")
     chosen = {name: value for name in names if (value := getattr(args, name)) is not None}
+    dynamic = args.motion_score == "dynamic"
+    if args.motion_score is not None and not dynamic:
+        chosen["motion_score"] = args.motion_score
+    refinement = Refinement(config=args.refine, motion_score=dynamic)
+    refinement.check()
     first_frames = None
     if args.t2i_weights is not None and args.t2i_vae is not None:
         first_frames = FirstFrames(weights=args.t2i_weights, vae=args.t2i_vae, resolution=args.t2i_resolution)
@@ -125,6 +136,7 @@ def run(args: Args) -> Answer | None:
         select=args.select,
         offload=args.offload,
         first_frames=first_frames,
+        refinement=refinement if args.refine.on else None,
         extras=Extras(save_latents=args.save_latents, preview=args.preview, search=NoiseSearch(best_of=args.best_of, scorer=args.scorer)),
     )
     return _answer(outcome) if rank() == 0 else None

@@ -1,0 +1,1 @@
+"""`megasora serve`: a page that draws clips, one at a time."""
