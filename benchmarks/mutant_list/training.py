@@ -6,6 +6,7 @@ from mutant_list.mutant import (
     AHEAD,
     APEX_REFUSED,
     DRAWS,
+    FP8_RUN,
     LOG,
     LONE,
     MICROBATCH,
@@ -99,6 +100,13 @@ MUTANTS = (
         '    ensure_adam_state(trainee.optimizer, step=facts["step"])\n    trainee.step',
         "    ensure_adam_state(trainee.optimizer, step=0)\n    trainee.step",
         STEPS,
+    ),
+    Mutant(
+        "held-out rows are not padded for FP8",
+        "megasora/training/evaluation.py",
+        ", row_multiple=FP8_ROW_MULTIPLE[self.config.precision.fp8]",
+        "",
+        FP8_RUN,
     ),
     Mutant(
         "sampler starts again at a resume",

@@ -37,6 +37,7 @@ def test_a_restart_repeats_the_uninterrupted_run_to_the_bit(gpus: RankPool, tmp_
 
 def test_training_evaluation_and_sampling_run_every_block_product_in_fp8(gpus: RankPool, tmp_path: Path) -> None:
     config = gpu_run(tmp_path / "run", steps=2, fp8="tensorwise", eval_steps=2, interval_steps=2)
+    config = replace(config, data=replace(config.data, text_tokens=15))  # rows that FP8 takes only with padding
     (calls,) = gpus.run(1, train_on_gpu, config)
     assert set(calls["gemm"]) == {"fp8"}
     assert {"attention_forward", "attention_backward"} <= calls.keys()
