@@ -124,6 +124,7 @@ def test_votes_through_the_page_come_out_of_the_file(tmp_path: Path, browser: An
     tab.keyboard.press("2")
     tab.keyboard.press("0")
     assert tab.text_content("#count") == "pair 4 of 4, 3 voted"
+    tab.wait_for_timeout(1000)  # Chromium hands what is stored to its other process when it has time
     tab.reload()  # progress stays
     assert tab.text_content("#count") == "pair 4 of 4, 3 voted"
     tab.keyboard.press("ArrowLeft")
