@@ -30,9 +30,15 @@ class PackTokens:
 
 
 def largest_sample(config: RunConfig) -> int | None:
-    """Video tokens of the largest clip: the longest of the largest resolution class, or the largest pair of data.bucket_mix; None when
-    clips keep their own size."""
-    data, encoders = config.data, config.encoders
+    """Video tokens of the largest clip; None when clips keep their own size."""
+    found = largest_clip(config)
+    return None if found is None else _video_tokens(config, *found)
+
+
+def largest_clip(config: RunConfig) -> tuple[int, float] | None:
+    """(frames, side in pixels of a square) of the clip with most tokens: the longest of the largest resolution class, or the largest pair
+    of data.bucket_mix; None when clips keep their own size."""
+    data = config.data
     names = [name for name, weight in data.resolution_mix if weight > 0] or [data.resolution]
     pairs = [(name, max(data.frame_counts)) for name in names]
     if data.bucket_mix:
@@ -40,11 +46,13 @@ def largest_sample(config: RunConfig) -> int | None:
     sides = {name: _side(name) for name, _ in pairs}
     if not all(sides.values()):
         return None
+    return max(((frames, sides[name]) for name, frames in pairs), key=lambda clip: _video_tokens(config, *clip))
+
+
+def _video_tokens(config: RunConfig, frames: int, side: float) -> int:
+    encoders = config.encoders
     unit = encoders.spatial_compression * config.model.patch_size
-    return max(
-        latent_frames(frames, compression=encoders.temporal_compression, causal=encoders.causal) * int(sides[name] / unit) ** 2
-        for name, frames in pairs
-    )
+    return latent_frames(frames, compression=encoders.temporal_compression, causal=encoders.causal) * int(side / unit) ** 2
 
 
 def _side(resolution: str) -> float:

@@ -11,6 +11,7 @@ from megasora.cli.recipe_arguments import RecipeArgs, config_defaults
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
 from megasora.config.memory import MemoryEstimate, memory_estimate
+from megasora.config.pack_tokens import largest_clip
 from megasora.config.parameters import parameter_count
 from megasora.config.pipeline_split import chunk_lengths, stage_parameters
 from megasora.config.schema import RunConfig
@@ -52,23 +53,21 @@ def run(args: Args) -> Answer:
 def _autoencoder(config: RunConfig) -> dict[str, Any] | None:
     """Bytes of the autoencoder for the run's largest clip, which is encoded in training (beside a cache it is not), and its sample clips.
 
-    None where the run has no video class, or an autoencoder that this version does not build.
+    None for an autoencoder that this version does not build; nothing to encode where clips keep their own size.
     """
-    from megasora.models.encoders.memory import autoencoder_memory
+    from megasora.models.encoders.memory import AutoencoderMemory
 
     if config.encoders.spatial_compression != 8 or config.model.latent_channels != 16:
         return None
-    sample, frames = config.sample, max(config.data.frame_counts)
-    sides = [
-        int(name.removesuffix("px")) for name, _ in config.data.resolution_mix or ((config.data.resolution, 1.0),) if name.endswith("px")
-    ]
-    given = autoencoder_memory(config.encoders, num_frames=sample.num_frames, height=sample.height, width=sample.width)
-    result: dict[str, Any] = {"weights": given.weights}
-    if sides:
-        largest = max(sides)
-        clip = autoencoder_memory(config.encoders, num_frames=frames, height=largest, width=largest)
-        result["encode"] = {"frames": frames, "height": largest, "width": largest, "bytes": clip.encode}
-    result["decode"] = {"frames": sample.num_frames, "height": sample.height, "width": sample.width, "bytes": given.decode}
+    sample, largest, unit = config.sample, largest_clip(config), config.encoders.spatial_compression * config.model.patch_size
+    memory = AutoencoderMemory(config.encoders)
+    result: dict[str, Any] = {"weights": memory.weights}
+    if largest is not None:
+        frames, side = largest[0], int(largest[1] / unit) * unit
+        needed = memory.encode(num_frames=frames, height=side, width=side)
+        result["encode"] = {"frames": frames, "height": side, "width": side, "bytes": needed}
+    needed = memory.decode(num_frames=sample.num_frames, height=sample.height, width=sample.width)
+    result["decode"] = {"frames": sample.num_frames, "height": sample.height, "width": sample.width, "bytes": needed}
     return result
 
 

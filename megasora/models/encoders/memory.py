@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
+from torch import Tensor
 
 from megasora.config.errors import UserError
 from megasora.config.latent_frames import latent_frames
@@ -17,47 +18,42 @@ from megasora.models.encoders.vae import HunyuanVAE
 from megasora.perf.allocations import Allocations
 
 
-@dataclass(frozen=True, kw_only=True)
 class AutoencoderMemory:
     """Bytes of the autoencoder beside everything else on its GPU.
 
     Attention of the middle blocks is counted as torch composes it, with its scores; a kernel that keeps none needs less. Work space of
     convolutions is the library's own choice and is not counted.
-    """
-
-    weights: int
-    encode: int
-    """At most, with the clip's pixels and its latent."""
-    decode: int
-    """At most, with the latent and the clip's pixels."""
-
-
-def autoencoder_memory(config: EncodersConfig, *, num_frames: int, height: int, width: int) -> AutoencoderMemory:
-    """Memory for one clip of this size.
 
     Args:
         config: folder (None takes the published sizes), number format and tiles.
-        num_frames, height, width: of the clip, in pixels.
 
     Raises:
         UserError: the folder's configuration is no AutoencoderKLHunyuanVideo's.
     """
-    be_quiet()
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    with torch.device("meta"):
-        vae = HunyuanVAE(_network(config.vae).to(dtype), tiling=Tiling.of(config))
-        video = torch.empty(3, num_frames, height, width, dtype=dtype)
-        ratio = vae.spatial_compression
-        frames = latent_frames(num_frames, compression=vae.temporal_compression, causal=True)
-        latent = torch.empty(vae.latent_channels, frames, height // ratio, width // ratio, dtype=dtype)
-        weights = list(vae.vae.parameters())
-        with Allocations([*weights, video]) as encoding:
-            vae.posterior(video)
-        with Allocations([*weights, latent]) as decoding:
-            vae.decode(latent)
-    return AutoencoderMemory(
-        weights=sum(weight.nbytes for weight in weights), encode=encoding.peak + video.nbytes, decode=decoding.peak + latent.nbytes
-    )
+
+    def __init__(self, config: EncodersConfig) -> None:
+        be_quiet()
+        self._dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+        with torch.device("meta"):
+            self._vae = HunyuanVAE(_network(config.vae).to(self._dtype), tiling=Tiling.of(config))
+        self._parameters = list(self._vae.vae.parameters())
+        self.weights = sum(parameter.nbytes for parameter in self._parameters)
+
+    def encode(self, *, num_frames: int, height: int, width: int) -> int:
+        """At most, for a clip of this size in pixels, with its pixels and its latent."""
+        return self._peak(self._vae.posterior, (3, num_frames, height, width))
+
+    def decode(self, *, num_frames: int, height: int, width: int) -> int:
+        """At most, for a clip of this size in pixels, with its latent and its pixels."""
+        ratio = self._vae.spatial_compression
+        frames = latent_frames(num_frames, compression=self._vae.temporal_compression, causal=True)
+        return self._peak(self._vae.decode, (self._vae.latent_channels, frames, height // ratio, width // ratio))
+
+    def _peak(self, through: Callable[[Tensor], object], shape: tuple[int, ...]) -> int:
+        given = torch.empty(shape, dtype=self._dtype, device="meta")
+        with torch.device("meta"), Allocations([*self._parameters, given]) as counted:
+            through(given)
+        return counted.peak + given.nbytes
 
 
 def _network(folder: str | None) -> AutoencoderKLHunyuanVideo:
