@@ -15,6 +15,7 @@ from megasora.checkpoint.formats.detect import detect_model
 from megasora.checkpoint.formats.mapping import CanonicalReader
 from megasora.checkpoint.tensors import StateDictReader
 from megasora.inference.forward import run_forward
+from tests.flux import small_flux
 from tests.pool import RankPool
 
 TOLERANCE = 1e-5
@@ -24,23 +25,7 @@ AXES = (4, 14, 14)
 
 def flux(guidance: bool) -> FluxTransformer2DModel:
     """A small FLUX with weights that leave no branch idle."""
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=24,
-        pooled_projection_dim=12,
-        guidance_embeds=guidance,
-        axes_dims_rope=AXES,
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm_" in name and parameter.dim() == 1 else 0.0))
-    return model
+    return small_flux(in_channels=16, num_single_layers=3, num_attention_heads=4, text_dim=24, vec_dim=12, guidance=guidance, axes=AXES)
 
 
 def batch(guidance: bool) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from megasora import recipes
 from megasora.checkpoint.export import export_weights
 from megasora.config.schema import RunConfig
 from megasora.models.encoders.tiny import make_tiny_encoders
+from tests.flux import small_flux
 
 AXES = (4, 6, 6)
 CAPTIONS = ["A rabbit in a meadow at dawn", "colour bars, rain. 24 FPS. 4 motion score."]
@@ -31,23 +32,9 @@ def small_config(folder: Path) -> RunConfig:
 
 def transformer(*, guidance: bool) -> FluxTransformer2DModel:
     """diffusers' class with weights that leave no branch idle."""
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=64,
-        pooled_projection_dim=32,
-        guidance_embeds=guidance,
-        axes_dims_rope=AXES,
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm_" in name and parameter.dim() == 1 else 0.0))
-    return model.eval()
+    return small_flux(
+        in_channels=64, num_single_layers=2, num_attention_heads=4, text_dim=64, vec_dim=32, guidance=guidance, axes=AXES
+    ).eval()
 
 
 def save_mmdit(model: FluxTransformer2DModel, cond_in: torch.nn.Linear, path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from megasora.evaluation.fidelity import Pair, pair_up
 from megasora.evaluation.page import page_data, write_page
 from megasora.evaluation.votes import preferences, read_ballot
 from tests.unit.evaluation.clips import noise, write_exact
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def folders(tmp_path: Path, count: int = 4) -> tuple[Path, Path]:
@@ -86,18 +82,6 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="browsers play"):
         write_page(tmp_path / "page", [Pair(name="x", a=moved, b=pairs[0].b, facts=pairs[0].facts)], names=("a", "b"), seed=0)
     assert not (tmp_path / "page").exists()
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    """Headless Chromium of the system."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 def opened(context: Any, page: Path, complaints: list[str]) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -29,8 +28,6 @@ from megasora.parallel import groups
 from tests.pool import RankPool
 from tests.published.small_weights import save_mmdit, small_config, transformer
 from tests.unit.inference.endpoint import endpoint, says
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +144,6 @@ def address(folder: Path) -> Iterator[str]:
     yield line.split()[2]
     server.send_signal(signal.SIGINT)
     assert server.wait(60) == 130
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    """Headless Chromium of the system."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.mark.slow

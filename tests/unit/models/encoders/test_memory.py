@@ -1,0 +1,44 @@
+"""The autoencoder's memory, counted on the meta device, is what the same calls allocate when they compute."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megasora import cli, recipes
+from megasora.config.schema import EncodersConfig
+from megasora.models.encoders.bundle import load_encoders
+from megasora.models.encoders.memory import AutoencoderMemory
+from megasora.models.encoders.tiny import make_tiny_encoders
+from megasora.perf.allocations import Allocations
+
+TINY = recipes.get("tiny")
+
+
+@pytest.mark.parametrize("tile_size", [32, 256])
+def test_counted_is_allocated(tmp_path: Path, tile_size: int) -> None:
+    config: EncodersConfig = make_tiny_encoders(tmp_path / "e", captions=["a"], model=TINY.model, base=TINY.encoders)
+    config = replace(config, tile_size=tile_size)
+    vae = load_encoders(config, model=TINY.model, device=torch.device("cpu"), parts=("vae",)).vae
+    memory = AutoencoderMemory(config)
+    weights = list(vae.vae.parameters())
+    assert memory.weights == sum(weight.nbytes for weight in weights)
+    video, latent = torch.zeros(3, 9, 48, 64), torch.zeros(16, 3, 6, 8)
+    for given, through, counted in ((video, vae.posterior, memory.encode), (latent, vae.decode, memory.decode)):
+        with Allocations([*weights, given]) as allocated:
+            through(given)  # type: ignore[operator]
+        expected = allocated.peak + given.nbytes
+        # the middle block's attention may be composed of other operations on the meta device
+        assert counted(num_frames=9, height=48, width=64) == pytest.approx(expected, rel=0.05)
+
+
+def test_validate_shows_the_largest_clip_of_a_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["validate", "opensora2_stage3", "--gpus", "192", "--json"])
+    found = json.loads(capsys.readouterr().out)["autoencoder"]
+    # 768px at 129 frames has the most tokens of stage 3's mix
+    assert {name: found["encode"][name] for name in ("frames", "height", "width")} == {"frames": 129, "height": 768, "width": 768}
+    assert 10e9 < found["encode"]["bytes"] < found["decode"]["bytes"] < 25e9
