@@ -35,7 +35,7 @@ def pixels_of(resolution: str) -> int:
     side = resolution.removesuffix("px").removesuffix("p")
     if side.isdecimal() and side != resolution and int(side) > 0:
         return int(side) ** 2 if resolution.endswith("px") else int(int(side) ** 2 / 9 * 16)
-    raise UserError(f"resolution class {resolution!r} is neither pixels such as 256px nor lines such as 480p, nor manifest")
+    raise UserError(f"resolution {resolution!r} is neither pixels such as 256px nor lines such as 480p")
 
 
 def height_by_width(aspect: str) -> float:

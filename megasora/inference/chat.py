@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import importlib
 import json
 import mimetypes
 import os
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from megasora.config.errors import UserError
+from megasora.inference.plugin import imported
 from megasora.inference.refine_settings import RefineConfig
 
 Use = Literal["t2v", "i2v", "t2i", "motion_score"]
@@ -90,15 +89,7 @@ def asker(config: RefineConfig) -> Ask:
 
 
 def _of_function(name: str) -> Ask:
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"--refine.function {name} cannot be imported ({error}); give MODULE:FUNCTION with the module on PYTHONPATH"
-        ) from error
-    if not callable(found):
-        raise UserError(f"--refine.function {name} is no function")
+    found = imported(name, flag="--refine.function")
 
     def ask(prompt: str, use: Use, image: Path | None) -> str:
         try:

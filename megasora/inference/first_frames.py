@@ -11,17 +11,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megasora.config.errors import UserError
+from megasora.data.buckets import pixels_of
 from megasora.data.decoding.writer import write_picture
-from megasora.inference.record import differences, hashes_of, read_record, record_of, weights_sha256, write_record
+from megasora.inference.record import Hashes, differences, read_record, weights_sha256, write_record
 from megasora.inference.requests import ClipRequest
 from megasora.inference.session import Offload, Session, World
 from megasora.inference.shelf import EncoderShelf
-from megasora.inference.sizes import pixels_named, size_named
+from megasora.inference.sizes import size_named
 from megasora.models.encoders.image_vae import ImageVAE
 from megasora.models.sampler import ClipSize
 
@@ -45,7 +47,7 @@ def picture_size(request: ClipRequest, *, resolution: str, multiple: int) -> Cli
     if request.aspect is not None:
         height, width = size_named(resolution, request.aspect, multiple=multiple)
     else:
-        scale = math.sqrt(pixels_named(resolution) / (request.size.height * request.size.width))
+        scale = math.sqrt(pixels_of(resolution) / (request.size.height * request.size.width))
         height, width = (max(1, round(side * scale / multiple)) * multiple for side in (request.size.height, request.size.width))
     return ClipSize(num_frames=1, height=height, width=width)
 
@@ -58,11 +60,13 @@ def draw_first_frames(
     shelf: EncoderShelf,
     offload: Offload,
     folder: Path,
+    clip_hashes: Callable[[], Hashes],
     on_step: Callable[[int], None] | None = None,
 ) -> list[ClipRequest]:
     """Draw the first frames of this rank's clips; the requests come back as i2v_head, those of another kind unchanged.
 
-    A picture that is there, and was made from the same, is kept.
+    A picture that is there, and was made from the same, is kept. `clip_hashes` are those of the clips' weights and encoders, asked for on a
+    clip's first rank; the encoders are the same here.
 
     Raises:
         UserError: the weights are not guidance-distilled, or a picture of that name was made from something else.
@@ -74,8 +78,7 @@ def draw_first_frames(
         raise UserError(f"--t2i_weights {settings.weights} are no guidance-distilled weights (no guidance_in); give FLUX.1-dev's")
     dtype = torch.bfloat16 if world.config.encoders.dtype == "bf16" else torch.float32
     vae: ImageVAE | None = None
-    hashes = hashes_of(settings.weights, world.config)
-    hashes = replace(hashes, encoders={**hashes.encoders, "image_vae": weights_sha256(settings.vae)})
+    hashes: Hashes | None = None
     unit = world.config.encoders.spatial_compression * session.model.patch_size
     made: list[ClipRequest] = []
     for request in requests:
@@ -84,17 +87,14 @@ def draw_first_frames(
             continue
         size = picture_size(request, resolution=settings.resolution, multiple=unit)
         picture = replace(request, size=size, prompt=request.picture_prompt or request.prompt)
-        record = record_of(
-            picture,
-            caption=picture.prompt,
-            config=world.config,
-            model=session.model,
-            weights=settings.weights,
-            select="model",
-            hashes=hashes,
-        )
         path = folder / f"{request.name}.png"
-        if not _is_there(path, record, world):
+        if world.leads:
+            hashes = hashes or _hashes(settings, clip_hashes())
+            record = session.record(picture, hashes)
+        different = world.agreed(lambda: _differences(path, record))  # noqa: B023 - called at once
+        if different:
+            raise UserError(f"{path} was made from something else ({different[0]}); choose another --output")
+        if different is None:
             latent, _ = session.draw(picture, session.prompt(picture), on_step=on_step)
             session.make_room()
             if world.leads:
@@ -108,19 +108,12 @@ def draw_first_frames(
     return made
 
 
-def _is_there(path: Path, record: dict[str, object], world: World) -> bool:
-    """Whether the picture was made from the same; the clip's first rank looks, so that all its ranks agree.
+def _hashes(settings: FirstFrames, of_clips: Hashes) -> Hashes:
+    encoders = {**of_clips.encoders, "image_vae": weights_sha256(settings.vae)}
+    return Hashes(weights=weights_sha256(settings.weights), encoders=encoders)
 
-    Raises:
-        UserError: it was made from something else.
-    """
-    found: list[object] = [None]
-    if world.leads and path.is_file() and path.with_suffix(".json").is_file():
-        found = [differences(record, read_record(path.with_suffix(".json")))]
-    clip = world.groups.clip
-    if clip.size() > 1:
-        dist.broadcast_object_list(found, src=dist.get_global_rank(clip, 0), group=clip)
-    if found[0]:
-        assert isinstance(found[0], list)
-        raise UserError(f"{path} was made from something else ({found[0][0]}); choose another --output")
-    return found[0] == []
+
+def _differences(path: Path, record: dict[str, Any]) -> list[str] | None:
+    """How the picture that is there differs from the one of this record; None when there is none."""
+    there = path.with_suffix(".json")
+    return differences(record, read_record(there)) if path.is_file() and there.is_file() else None

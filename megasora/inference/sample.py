@@ -20,10 +20,10 @@ from megasora.checkpoint.source import Select
 from megasora.config.errors import UserError
 from megasora.config.io import from_dict, to_dict
 from megasora.config.schema import EncodersConfig, FlowConfig, RunConfig, SampleConfig
-from megasora.data.decoding.writer import contact_sheet, write_picture, write_video
+from megasora.data.decoding.writer import contact_sheet, ending_of, write_clip, write_picture
 from megasora.inference.first_frames import FirstFrames, draw_first_frames
 from megasora.inference.given import check_sources
-from megasora.inference.record import Hashes, differences, hashes_of, read_record, record_of, write_record
+from megasora.inference.record import Hashes, differences, hashes_of, read_record, write_record
 from megasora.inference.refinement import Refinement, refine
 from megasora.inference.requests import ClipRequest, Common, Unusable, read_requests, requests_of
 from megasora.inference.search import NoiseSearch, score
@@ -112,7 +112,7 @@ def run_sample(
     own = requests[world.groups.number :: world.groups.count]
     with Progress(disable=dist.get_rank() != 0, transient=True) as progress:
         task = progress.add_task("sample", total=len(own) * config.sample.steps * (2 if first_frames else 1))
-        maker = _Maker(session, output=output, weights=weights, select=select, extras=extras or Extras())
+        maker = _Maker(session, output=output, extras=extras or Extras())
         if first_frames is not None:
             texts = [(one.picture_prompt or one.prompt, session.caption(one), one.negative) for one in own]
             session.shelf.encode_texts([text for three in texts for text in three])
@@ -123,19 +123,20 @@ def run_sample(
                 shelf=session.shelf,
                 offload=offload,
                 folder=output / "first_frames",
+                clip_hashes=maker.hashes,
                 on_step=lambda _: progress.advance(task),
             )
         if remembered is not None:
             maker.insist_on(remembered, own)
         made, kept = maker.make(own, on_step=lambda _: progress.advance(task))
-    return _gathered(world, Outcome(made=tuple(made), kept=tuple(kept)), requests, failed=(*failed, *unreadable), output=output)
+    return _gathered(Outcome(made=tuple(made), kept=tuple(kept)), requests, failed=(*failed, *unreadable), output=output)
 
 
 class _Maker:
     """Draws, decodes and writes this rank's clips."""
 
-    def __init__(self, session: Session, *, output: Path, weights: Path, select: Select, extras: Extras) -> None:
-        self.session, self.output, self.weights, self.select, self.extras = session, output, weights, select, extras
+    def __init__(self, session: Session, *, output: Path, extras: Extras) -> None:
+        self.session, self.output, self.extras = session, output, extras
         self._scorer = extras.search.load()
         self.world: World = session.world
         self._hashes: Hashes | None = None
@@ -144,24 +145,19 @@ class _Maker:
             self._hashing.start()
 
     def _hash(self) -> None:
-        self._hashes = hashes_of(self.weights, self.world.config)
+        self._hashes = hashes_of(self.session.source.path, self.world.config)
 
-    def record(self, request: ClipRequest) -> dict[str, Any]:
-        """The clip's record, on its first rank."""
+    def hashes(self) -> Hashes:
+        """Of weights and encoders, on a clip's first rank."""
         self._hashing.join()
         if self._hashes is None:  # the thread failed: fail here, in its words
             self._hash()
         assert self._hashes is not None
-        session = self.session
-        return record_of(
-            request,
-            caption=session.caption(request),
-            config=session.config,
-            model=session.model,
-            weights=self.weights,
-            select=self.select,
-            hashes=self._hashes,
-        )
+        return self._hashes
+
+    def record(self, request: ClipRequest) -> dict[str, Any]:
+        """The clip's record, on its first rank."""
+        return self.session.record(request, self.hashes())
 
     def insist_on(self, remembered: dict[str, Any], requests: Sequence[ClipRequest]) -> None:
         """Refuse to make another clip than the remembered one.
@@ -207,17 +203,11 @@ class _Maker:
 
     def _left(self, requests: Sequence[ClipRequest]) -> tuple[list[ClipRequest], list[Path]]:
         """The clips that are not there yet, and the paths of the others; the clip's first rank looks, so that all its ranks agree."""
-        found: list[Any] = [None]
-        if self.world.leads:
-            self.output.mkdir(parents=True, exist_ok=True)
-            found = [[self._is_there(request) for request in requests]]
-        clip = self.world.groups.clip
-        if clip.size() > 1:
-            dist.broadcast_object_list(found, src=dist.get_global_rank(clip, 0), group=clip)
-        for state in found[0]:
+        states = self.world.agreed(lambda: [self._is_there(request) for request in requests])
+        for state in states:
             if isinstance(state, str):
                 raise UserError(state)
-        there = list(zip(requests, found[0], strict=True))
+        there = list(zip(requests, states, strict=True))
         return [request for request, is_there in there if not is_there], [self._path(request) for request, is_there in there if is_there]
 
     def _is_there(self, request: ClipRequest) -> bool | str:
@@ -233,20 +223,18 @@ class _Maker:
         return f"{path} was made from something else ({different[0]}); choose another --output or name" if different else True
 
     def _path(self, request: ClipRequest) -> Path:
-        return self.output / f"{request.name}.{'png' if request.size.num_frames == 1 else 'mp4'}"
+        return self.output / f"{request.name}{ending_of(request.size.num_frames)}"
 
     def _write(self, request: ClipRequest, video: torch.Tensor, latent: torch.Tensor, drawn: Drawn, *, search: dict[str, Any]) -> None:
         path = self._path(request)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if self.extras.preview and request.size.num_frames > 1:
             write_picture(path.with_suffix(".preview.png"), contact_sheet(video))
         if self.extras.save_latents:
             from safetensors.torch import save_file
 
             save_file({"latent": latent.cpu().contiguous()}, path.with_suffix(".safetensors"))
-        if request.size.num_frames == 1:
-            write_picture(path, video[:, 0])
-        else:
-            write_video(path, video, fps=self.session.config.sample.fps)
+        write_clip(path, video, fps=self.session.config.sample.fps)
         write_record(path.with_suffix(".json"), {**self.record(request), "made": to_dict(drawn), **({"search": search} if search else {})})
 
 
@@ -312,11 +300,11 @@ def _reason(request: ClipRequest, encoders: EncodersConfig) -> str | None:
     return None
 
 
-def _gathered(world: World, own: Outcome, requests: Sequence[ClipRequest], *, failed: tuple[Unusable, ...], output: Path) -> Outcome:
+def _gathered(own: Outcome, requests: Sequence[ClipRequest], *, failed: tuple[Unusable, ...], output: Path) -> Outcome:
     """All ranks' clips, in the order they were asked for."""
     every: list[Outcome | None] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     made = {path for outcome in every if outcome is not None for path in outcome.made}
     kept = {path for outcome in every if outcome is not None for path in outcome.kept}
-    order = [output / f"{request.name}.{ending}" for request in requests for ending in ("mp4", "png")]
+    order = [output / f"{request.name}{ending_of(request.size.num_frames)}" for request in requests]
     return Outcome(made=tuple(path for path in order if path in made), kept=tuple(path for path in order if path in kept), failed=failed)

@@ -17,9 +17,9 @@ from megasora.checkpoint.source import Select
 from megasora.config.errors import UserError
 from megasora.config.io import from_dict, to_dict
 from megasora.config.schema import RunConfig, SampleConfig
-from megasora.data.decoding.writer import write_picture, write_video
+from megasora.data.decoding.writer import ending_of, write_clip
 from megasora.inference.given import check_sources
-from megasora.inference.record import Hashes, hashes_of, record_of, write_record
+from megasora.inference.record import Hashes, hashes_of, write_record
 from megasora.inference.refinement import Refinement, refine
 from megasora.inference.requests import ClipRequest, Common, requests_of
 from megasora.inference.session import Drawn, Offload, Session, start
@@ -46,16 +46,13 @@ class Clip:
             UserError: another ending, or no pixels on this rank.
         """
         path = Path(path)
-        ending = ".png" if self.request.size.num_frames == 1 else ".mp4"
+        ending = ending_of(self.request.size.num_frames)
         if path.suffix != ending:
             raise UserError(f"{path} must end in {ending}")
         if self.video is None:
             raise UserError("this rank has no pixels: save on the clip's first rank (clip.video is not None)")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if ending == ".png":
-            write_picture(path, self.video[:, 0])
-        else:
-            write_video(path, self.video, fps=self.fps)
+        write_clip(path, self.video, fps=self.fps)
         write_record(path.with_suffix(".json"), self.record())
         return path
 
@@ -63,8 +60,8 @@ class Clip:
 class Sampler:
     """Draws clips with one set of weights; make one with `load`."""
 
-    def __init__(self, session: Session, *, weights: Path, select: Select) -> None:
-        self.session, self._weights, self._select = session, weights, select
+    def __init__(self, session: Session) -> None:
+        self.session = session
         self._hashes: Hashes | None = None
 
     @classmethod
@@ -112,7 +109,7 @@ class Sampler:
             if (ours.parallel, ours.sample.guidance_parallel) != (theirs.parallel, theirs.sample.guidance_parallel):
                 raise UserError("samplers that share ranks need the same layout: give both the same parallel and sample.guidance_parallel")
             world = replace(beside.session.world, config=replace(config, device=theirs.device))
-        return cls(Session(world, weights=Path(weights), select=select, offload=offload), weights=Path(weights), select=select)
+        return cls(Session(world, weights=Path(weights), select=select, offload=offload))
 
     def sample(
         self,
@@ -167,17 +164,8 @@ class Sampler:
         )
 
     def _record(self, session: Session, request: ClipRequest, drawn: Drawn) -> dict[str, Any]:
-        self._hashes = self._hashes or hashes_of(self._weights, session.config)
-        record = record_of(
-            request,
-            caption=session.caption(request),
-            config=session.config,
-            model=session.model,
-            weights=self._weights,
-            select=self._select,
-            hashes=self._hashes,
-        )
-        return {**record, "made": to_dict(drawn)}
+        self._hashes = self._hashes or hashes_of(session.source.path, session.config)
+        return {**session.record(request, self._hashes), "made": to_dict(drawn)}
 
 
 def _files(**paths: str | Path | None) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from megasora.config.errors import UserError
+from megasora.inference.plugin import imported
 from megasora.inference.requests import ClipRequest
 
 Scorer = Callable[[Tensor, str], float]
@@ -34,23 +34,11 @@ class NoiseSearch:
             raise UserError(f"--best_of {self.best_of} must be at least 1")
         if (self.best_of > 1) != (self.scorer is not None):
             raise UserError("--best_of N and --scorer MODULE:FUNCTION belong together: give both, or neither")
-        return None if self.scorer is None else _imported(self.scorer)
+        return None if self.scorer is None else imported(self.scorer, flag="--scorer")
 
     def facts(self, request: ClipRequest) -> dict[str, object]:
         """What a record says of the search, without its outcome; empty without one."""
         return {} if self.scorer is None else {"best_of": self.best_of, "scorer": self.scorer, "first_seed": request.seed}
-
-
-def _imported(name: str) -> Scorer:
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--scorer {name} cannot be imported ({error}); give MODULE:FUNCTION with the module on PYTHONPATH") from error
-    if not callable(found):
-        raise UserError(f"--scorer {name} is no function")
-    scorer: Scorer = found
-    return scorer
 
 
 def score(scorer: Scorer, clip: Tensor, prompt: str, *, name: str) -> float:

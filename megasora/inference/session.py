@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from megasora.config.errors import UserError
 from megasora.config.schema import ModelConfig, RunConfig, SampleConfig
 from megasora.config.validate import raise_on_problems
 from megasora.inference.given import encode_given
+from megasora.inference.record import Hashes, record_of
 from megasora.inference.requests import ClipRequest, check_model
 from megasora.inference.shelf import EncoderShelf, release
 from megasora.models.mmdit.build import build_chunks
@@ -27,6 +28,7 @@ from megasora.parallel import groups
 from megasora.parallel.groups import ParallelContext, SamplingGroups
 
 Offload = Literal["none", "encoders", "model"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,15 @@ class World:
     def leads(self) -> bool:
         """Whether this rank gets its clips' pixels and writes them."""
         return self.groups.clip.rank() == 0
+
+    def agreed(self, look: Callable[[], T]) -> T:
+        """What the clip's first rank finds, on all of its ranks; they call it together."""
+        found: list[Any] = [look() if self.leads else None]
+        clip = self.groups.clip
+        if clip.size() > 1:
+            dist.broadcast_object_list(found, src=dist.get_global_rank(clip, 0), group=clip)
+        result: T = found[0]
+        return result
 
 
 def start(config: RunConfig) -> World:
@@ -77,6 +88,7 @@ class Session:
         self, world: World, *, weights: Path, shelf: EncoderShelf | None = None, select: Select = "model", offload: Offload = "none"
     ) -> None:
         self.world, self.config, self.offload, self.device = world, world.config, offload, world.context.device
+        self.select: Select = select
         self.source: WeightSource = open_source(weights, axes_dim=self.config.model.axes_dim, select=select)
         found = self.source.model
         self.model: ModelConfig = replace(self.config.model, cond_embed=found.cond_embed, guidance_embed=found.guidance_embed)
@@ -105,6 +117,18 @@ class Session:
         sample, own = self.config.sample, request.motion_score
         settings = sample if own is None else replace(sample, motion_score=own)
         return caption_of_prompt(request.prompt, settings=settings, num_frames=request.size.num_frames)
+
+    def record(self, request: ClipRequest, hashes: Hashes) -> dict[str, Any]:
+        """The record of a clip drawn here, without what drawing it took."""
+        return record_of(
+            request,
+            caption=self.caption(request),
+            config=self.config,
+            model=self.model,
+            weights=self.source.path,
+            select=self.select,
+            hashes=hashes,
+        )
 
     def prompt(self, request: ClipRequest) -> Prompt:
         """Everything of a request, encoded, in host memory.

@@ -6,26 +6,12 @@ Source: hpcaitech/Open-Sora opensora/datasets/aspect.py (get_image_size with tra
 from __future__ import annotations
 
 import math
-import re
 
 from megasora.config.errors import UserError
+from megasora.data.buckets import ASPECTS, pixels_of
 
-ASPECTS = ("2.39:1", "2:1", "16:9", "1.85:1", "9:16", "5:8", "3:2", "4:3", "1:1")
-"""Published names, width:height; each can also be turned."""
 NAMES = tuple(dict.fromkeys(name for aspect in ASPECTS for name in (aspect, ":".join(reversed(aspect.split(":"))))))
-
-
-def pixels_named(resolution: str) -> int:
-    """Pixels of `256px` (256 x 256) or `720p` (720 x 720 x 16 / 9, as published).
-
-    Raises:
-        UserError: another kind of name.
-    """
-    match = re.fullmatch(r"(\d+)(px|p)", resolution)
-    if match is None or not int(match[1]):
-        raise UserError(f"resolution {resolution!r} is no size; use one such as 256px, 768px or 720p")
-    side = int(match[1])
-    return side * side if match[2] == "px" else int(side * side / 9 * 16)
+"""Published names, width:height, each also turned."""
 
 
 def size_named(resolution: str, aspect: str, *, multiple: int) -> tuple[int, int]:
@@ -39,7 +25,7 @@ def size_named(resolution: str, aspect: str, *, multiple: int) -> tuple[int, int
     Raises:
         UserError: an unknown name, or a size of no token.
     """
-    pixels = pixels_named(resolution)
+    pixels = pixels_of(resolution)
     if aspect not in NAMES:
         raise UserError(f"aspect {aspect!r} is not one of {', '.join(NAMES)}")
     wide, high = (float(part) for part in aspect.split(":"))

@@ -346,9 +346,10 @@ def _sample_event(
         video = encoders.vae.decode(latent, group=context.replica)
         if leads:
             assert video is not None  # the replica's first rank gets it
+            video = video.float()
             folder.mkdir(exist_ok=True)
-            write_video(folder / files[number], video.float(), fps=settings.fps)
-            own[number] = film_strip(video.float())
+            write_video(folder / files[number], video, fps=settings.fps)
+            own[number] = film_strip(video)
     shares: list[dict[int, torch.Tensor]] = [{} for _ in range(context.topology.dp)]
     if leads:
         dist.all_gather_object(shares, own, group=context.pg_collection.dp)

@@ -30,6 +30,19 @@ def write_video(path: Path, video: Tensor, *, fps: float, codec: str = "libx264"
         container.mux(stream.encode())
 
 
+def ending_of(num_frames: int) -> str:
+    """Ending of a clip's file: a single frame is a picture."""
+    return ".png" if num_frames == 1 else ".mp4"
+
+
+def write_clip(path: Path, video: Tensor, *, fps: float) -> None:
+    """Write [3, T, H, W] in [-1, 1] under a path that ends as `ending_of` says."""
+    if video.shape[1] == 1:
+        write_picture(path, video[:, 0])
+    else:
+        write_video(path, video, fps=fps)
+
+
 def contact_sheet(video: Tensor, *, frames: int = 8) -> Tensor:
     """[3, H, n W]: n evenly spaced frames of a clip [3, T, H, W] side by side, first and last among them; n is `frames`, or T if less."""
     count = min(frames, video.shape[1])

@@ -13,6 +13,7 @@ import torch
 from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule
 from megasora.config.schema import SampleConfig
+from megasora.data.decoding.writer import ending_of
 from megasora.inference.refine_settings import RefineConfig
 from megasora.inference.refinement import Refinement
 from megasora.inference.sampler import Sampler
@@ -122,7 +123,7 @@ class Studio:
         )
         request = clip.request
         name = f"{time.strftime('%Y%m%d_%H%M%S')}_{time.time_ns() % 1_000_000_000 // 1_000_000:03d}_seed{request.seed}"
-        path = clip.save(self.folder / f"{name}.{'png' if request.size.num_frames == 1 else 'mp4'}")
+        path = clip.save(self.folder / f"{name}{ending_of(request.size.num_frames)}")
         size = f"{request.size.num_frames} x {request.size.height} x {request.size.width}"
         said = f"{path.name}: {size}, seed {request.seed}, {clip.drawn.seconds:.1f} s for {clip.drawn.steps} steps"
         if request.refined_from is not None:
