@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megasora import cudnn
+
 if TYPE_CHECKING:
     from megasora.inference.sampler import Sampler
 
 __version__ = "0.1.0"
 __all__ = ["Sampler", "__version__"]
+
+cudnn.prefer_torchs()  # before anything imports Transformer Engine
 
 
 def __getattr__(name: str) -> Any:

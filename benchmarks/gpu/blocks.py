@@ -10,8 +10,11 @@ Sections, in order of importance (`worker.sections_of` makes them):
   parity     providers and recipes, forward and gradients against the fp32 local model
   adam       the optimizer's step
   trace      where the GPU's time goes in two steps
-  curves     200 steps of training on fixed data, bf16 and FP8 side by side
+  curves     200 steps of training on the same data, bf16 and FP8 side by side
   encoders   VAE and T5-XXL with random weights
+  memory     bytes of a step against what validate says, and the time of each way of recomputing
+  evaluation one evaluation of the whole model as sampling makes it
+  commands   train, restart, sample and encode as a user gives them, losses beside the CPU's
   ring       chunk attention with log-sum-exp merge against whole attention, forward and backward
   decode     DALI on the GPU: frames and means
 `blocks.json` and `gpu_<date>.md` are written after every case. The sections run in a process of their own: when it dies or hangs, the case
@@ -33,7 +36,21 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.table import GRACE_S, Table  # noqa: E402
 
-NAMES = ("speed", "kernels", "attention", "parity", "adam", "trace", "curves", "encoders", "ring", "decode")
+NAMES = (
+    "speed",
+    "kernels",
+    "attention",
+    "parity",
+    "adam",
+    "trace",
+    "curves",
+    "encoders",
+    "memory",
+    "evaluation",
+    "commands",
+    "ring",
+    "decode",
+)
 
 
 def arguments_of(words: list[str] | None = None) -> argparse.Namespace:

@@ -6,15 +6,17 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.rig import Setup, build, fill_deterministically, gap, inputs_of, prepare_gradients
+from benchmarks.gpu.rig import Setup, build, fill_deterministically, gap, inputs_of, prepare_gradients, timed
 from benchmarks.gpu.table import Case, LeftOutError, Row
 from megasora.config.schema import Fp8, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megasora.models.mmdit.model import ModelInputs
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel.attention_kernels import ChunkResult, chunk_backward, chunk_forward, torch_attention
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
@@ -76,7 +78,7 @@ def _run(setup: Setup, model: ModelConfig, precision: PrecisionConfig) -> tuple[
 
 
 def curve_cases(setup: Setup) -> Iterator[Case]:
-    """Training on fixed packs; the same data and weights for every recipe."""
+    """Training on tokens that are new in every step; the same data and weights for every recipe."""
     size = {"hidden_size": 256, "num_attention_heads": 2, "ffn_hidden_size": 1024}
     wide = {"hidden_size": 1024, "num_attention_heads": 8, "ffn_hidden_size": 4096}
     model = ModelConfig(num_double_blocks=2, num_single_blocks=4, **(size if setup.small else wide))  # type: ignore[arg-type]
@@ -103,12 +105,11 @@ def _curve(setup: Setup, model: ModelConfig, precision: PrecisionConfig, steps: 
     ensure_adam_state(optimizer, step=0)
     sample = SampleShape(text_tokens=64, grid=(3, 8, 8))
     pack, inputs = inputs_of(setup, model, [sample] * 2, fp8=precision.fp8, dtype=config.params_dtype)
-    target = torch.roll(inputs.img.float(), 1, 0)
     weight = torch.zeros(pack.num_video, device=setup.device)
     weight[: 2 * sample.video_tokens] = 1 / (sample.video_tokens * model.in_channels)
-    batch = MicroBatch(pack=pack, inputs=inputs, target=target, weight=weight, num_counted=2)
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
+        batch = _fresh(inputs, pack, weight, seed=step)
         for ddp in wrapped:
             ddp.zero_grad_buffer()
         optimizer.zero_grad()
@@ -124,34 +125,66 @@ def _curve(setup: Setup, model: ModelConfig, precision: PrecisionConfig, steps: 
     return losses
 
 
+def _fresh(inputs: ModelInputs, pack: Pack, weight: Tensor, *, seed: int) -> MicroBatch:
+    """Other tokens in every step, so that nothing can be learnt by heart; to be predicted is the neighbour's token, and half the own."""
+    generator = torch.Generator().manual_seed(seed)
+    img = torch.randn(inputs.img.shape, generator=generator).to(inputs.img.device)
+    target = torch.roll(img, 1, 0) + 0.5 * img
+    return MicroBatch(pack=pack, inputs=replace(inputs, img=img.to(inputs.img.dtype)), target=target, weight=weight, num_counted=2)
+
+
 def ring_cases(setup: Setup) -> Iterator[Case]:
-    """Two key chunks merged by log-sum-exp against whole attention."""
-    yield Case(labels={}, measure=lambda: _ring(setup))
+    """Two key chunks merged by log-sum-exp against whole attention, with each of torch's kernels."""
+    for kernel in ("cudnn", "flash"):
+        yield Case(labels={"kernel": kernel}, measure=lambda kernel=kernel: _ring(setup, kernel))  # type: ignore[misc]
 
 
-def _ring(setup: Setup) -> Row:
-    """Two key chunks merged by log-sum-exp against whole attention."""
+def _ring(setup: Setup, kernel: str) -> Row:
+    if kernel == "cudnn":
+        setup.need_cuda()
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(kernel == "cudnn")
+    try:
+        return _ring_by_enabled(setup)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+def _ring_by_enabled(setup: Setup) -> Row:
     tokens, heads, width = (256, 2, 64) if setup.small else (8960, 24, 128)
     dtype = torch.float32 if setup.device.type == "cpu" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(tokens, heads, width, generator=generator).to(setup.device, dtype) for _ in range(4))
     half = tokens // 2
-    parts = [chunk_forward(q, k[cut], v[cut], q_lengths=[tokens], k_lengths=[half]) for cut in (slice(0, half), slice(half, None))]
+    cuts = (slice(0, half), slice(half, None))
+
+    def forward(cut: slice) -> ChunkResult:
+        return chunk_forward(q, k[cut], v[cut], q_lengths=[tokens], k_lengths=[half])
+
+    parts = [forward(cut) for cut in cuts]
     lse = torch.logaddexp(parts[0].lse, parts[1].lse)
     out = sum(part.out * torch.exp(part.lse - lse).unsqueeze(-1) for part in parts)
     assert isinstance(out, Tensor), "two parts make a tensor"
     merged = ChunkResult(out.to(dtype), lse)
-    grads = [
-        chunk_backward(grad, q, k[cut], v[cut], merged=merged, q_lengths=[tokens], k_lengths=[half])
-        for cut in (slice(0, half), slice(half, None))
-    ]
+
+    def backward(cut: slice) -> tuple[Tensor, Tensor, Tensor]:
+        return chunk_backward(grad, q, k[cut], v[cut], merged=merged, q_lengths=[tokens], k_lengths=[half])
+
+    grads = [backward(cut) for cut in cuts]
     leaves = [x.float().requires_grad_() for x in (q, k, v)]
     order = Pack([SampleShape(text_tokens=1, grid=(1, 1, tokens - 1))], split=PackSplit(), device=setup.device).attention_order([0])
     expected = torch_attention(leaves[0], leaves[1], leaves[2], order)
     expected.backward(grad.float())
     found = (grads[0][0].float() + grads[1][0].float(), torch.cat([g[1] for g in grads]), torch.cat([g[2] for g in grads]))
     gaps = [gap(a, b.grad) for a, b in zip(found, leaves, strict=True) if b.grad is not None]
-    return {"dtype": str(dtype), "forward": gap(merged.out, expected), "grad_q": gaps[0], "grad_k": gaps[1], "grad_v": gaps[2]}
+    flops = 4 * tokens * half * heads * width
+    rates: Row = {}
+    for name, times, call in (("forward", 1.0, forward), ("backward", 2.5, backward)):
+        median = statistics.median(timed(setup, lambda call=call: call(cuts[0]), warm=1, repeats=5, seconds=1, batch=5))  # type: ignore[misc]
+        rates |= {f"{name}_ms": 1e3 * median, f"{name}_tflops": times * flops / median / 1e12}
+    return (
+        {"dtype": str(dtype), "forward": gap(merged.out, expected)} | dict(zip(("grad_q", "grad_k", "grad_v"), gaps, strict=True)) | rates
+    )
 
 
 def decode_cases(setup: Setup, videos: list[Path]) -> Iterator[Case]:
@@ -162,7 +195,7 @@ def decode_cases(setup: Setup, videos: list[Path]) -> Iterator[Case]:
 
         def measure(path: Path = path) -> Row:
             setup.need_cuda()
-            return _decode(path)
+            return _decode(path) | _decode_ours(path)
 
         yield Case(labels={"file": path.name}, measure=measure)
 
@@ -187,3 +220,16 @@ def _decode(path: Path) -> Row:
     (output,) = built.run()
     frames = torch.utils.dlpack.from_dlpack(output[0])
     return {"frames": list(frames.shape), "mean": float(frames.float().mean())}
+
+
+def _decode_ours(path: Path) -> Row:
+    """Our decoder on the GPU against PyAV's, where PyAV is there: mean difference in levels of 255."""
+    if find_spec("av") is None:
+        return {}
+    from megasora.data.decoding.contract import DecodeRequest
+    from megasora.data.decoding.dali import DaliDecoder
+    from megasora.data.decoding.pyav import PyAVDecoder
+
+    request = DecodeRequest(path=str(path), start=1, stride=2, num_frames=5, height=64, width=80)
+    found = DaliDecoder(device=torch.device("cuda")).decode(request)
+    return {"levels_from_pyav": float((found.cpu() - PyAVDecoder().decode(request)).abs().mean()) * 127.5}

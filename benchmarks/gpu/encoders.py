@@ -44,7 +44,7 @@ def _vae(setup: Setup, frames: int, side: int) -> Row:
     except ImportError as error:
         raise LeftOutError(f"no {error.name}") from error
     size: dict[str, Any] = VAE_SMALL if setup.small else {}
-    vae = HunyuanVAE(_on_device(setup, lambda: AutoencoderKLHunyuanVideo(**size)))
+    vae = HunyuanVAE(_on_device(setup, lambda: AutoencoderKLHunyuanVideo(**size)), tiling=None)
     video = torch.rand(3, frames, side, side, device=setup.device) * 2 - 1
     times = timed(setup, lambda: vae.posterior(video), warm=1, repeats=5, seconds=10)
     median = statistics.median(times)

@@ -146,9 +146,9 @@ def prepare_gradients(chunk: MMDiT) -> None:
         parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
 
 
-def build(setup: Setup, model: ModelConfig, precision: PrecisionConfig) -> tuple[MMDiT, Any]:
+def build(setup: Setup, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig | None = None) -> tuple[MMDiT, Any]:
     """A one-rank model."""
-    chunks, config = build_chunks(model, ParallelConfig(), precision, context=setup.context)
+    chunks, config = build_chunks(model, parallel or ParallelConfig(), precision, context=setup.context)
     return chunks[0], config
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from benchmarks.gpu.blocks import arguments_of
 from benchmarks.gpu.checks import curve_cases, decode_cases, parity_cases, ring_cases
+from benchmarks.gpu.commands import command_cases
 from benchmarks.gpu.encoders import encoder_cases
+from benchmarks.gpu.evaluation import evaluation_cases
+from benchmarks.gpu.memory import memory_cases
 from benchmarks.gpu.operations import adam_cases, attention_cases, kernel_cases
 from benchmarks.gpu.rig import Setup, clear, versions
 from benchmarks.gpu.stack import speed_cases, trace_cases
@@ -45,8 +48,18 @@ def sections_of(setup: Setup, videos: list[Path]) -> dict[str, Section]:
             "bf16, Triton's kernels, half the stack; kinds by kernels' names, share of the time between first and last.",
             trace_cases,
         ),
-        "curves": ("Losses on fixed data, in full in blocks.json; last: mean of the last ten.", curve_cases),
+        "curves": ("Losses on new data in every step, in full in blocks.json; last: mean of the last ten.", curve_cases),
         "encoders": ("Random weights of the real sizes.", encoder_cases),
+        "memory": (
+            "Beyond weights, gradients and inputs: what the forward pass keeps, and the most of a step. Computed: config/memory.py.",
+            memory_cases,
+        ),
+        "evaluation": (
+            "The whole 11.9 B model with random weights, one clip, forward only; 50 steps: 100 such evaluations, nothing else. Published "
+            "(hpcaitech/Open-Sora README, text-to-video, 50 steps, one H100 or H800, all in): 60 s at 256px, 1656 s at 768px.",
+            evaluation_cases,
+        ),
+        "commands": ("Losses of the tiny recipe's steps: ||a / b - 1||, worst step.", command_cases),
         "ring": ("||a - b|| / ||b|| of two merged key chunks against whole attention in fp32.", ring_cases),
         "decode": ("Frames of [frames, height, width, channels].", partial(decode_cases, videos=videos)),
     }

@@ -8,11 +8,13 @@ code 2, never a stack trace.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
-from megasora.cli.endings import leave, rank
+from megasora.cli.endings import end_world, leave, rank
 from megasora.cli.parsing import parse
 from megasora.config.errors import UserError
 
@@ -25,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ignore", message="`torch.distributed.*is deprecated", category=FutureWarning
     )  # Megatron's calls, not the user's
     try:
-        _run(words)
+        with end_world():
+            _run(words)
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        leave(128 + signal.SIGPIPE)
     except UserError as error:
         if rank() == 0:
             print(f"megasora: error: {error}", file=sys.stderr, flush=True)

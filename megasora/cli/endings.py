@@ -36,6 +36,15 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
+@contextlib.contextmanager
+def end_world() -> Iterator[None]:
+    """Leave the process groups that what runs inside has started, unless it fails: then other ranks may still wait in one."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def rank() -> int:
     """This process's rank by its launcher; 0 without one."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))

@@ -21,6 +21,10 @@ tests/memory with the kernels of a CPU)."""
 RING_TEMPORARIES = 14.5
 """The same of ring attention: keys, values and their gradients in fp32, twice while they travel (measured by tests/memory)."""
 
+GPU_WORKSPACE = {"none": 2.5, "fp8": 5.0}
+"""What kernels of a GPU need beyond that, in tensors [share, H]: attention's backward sums the gradient of the queries in fp32 (2), FP8
+copies gradients both ways. Measured on an H100 (benchmarks/results/2026-11-27_gpu_h100.md): 2.0 to 2.7 in bf16, 4.8 to 5.2 in FP8."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
@@ -49,6 +53,8 @@ class MemoryEstimate:
     """Saved for the backward passes of all micro-batches in flight."""
     working_set: float
     """What comes on top while one block runs backward: recomputed tensors, gradients, gathered tokens and weights."""
+    workspace: float
+    """What the kernels of a GPU need to run it."""
     stage: int
     """Pipeline stage of the GPU."""
     tokens: int
@@ -108,6 +114,7 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
         fp8_weights=_fp8_weight_bytes(config, stage),
         activations=activations,
         working_set=_working_set(config, stage, tokens, samples=pack.samples),
+        workspace=GPU_WORKSPACE["none" if config.precision.fp8 == "none" else "fp8"] * tokens * model.hidden_size * _number_bytes(config),
         stage=stage,
         tokens=tokens,
         in_flight=in_flight,

@@ -137,7 +137,8 @@ class PrecisionConfig:
     provider: Literal["auto", "te", "local"] = "auto"
     """Layers: Transformer Engine or Megatron-core's own; auto takes te on CUDA when it is installed, local on CPU."""
     attention: Literal["auto", "te", "flash", "torch"] = "auto"
-    """Attention kernel; auto takes te or flash on CUDA when installed, torch otherwise."""
+    """Attention kernel. auto on CUDA in bf16: torch's cuDNN kernel for packs of equally long samples, else te or flash, the first that is
+    installed; torch elsewhere."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """What computes norms, gates, rotations and changes of order between matrix products: Triton's kernels (CUDA, one pass each) or torch's
     operations; auto takes Triton's on CUDA."""

@@ -1,24 +1,29 @@
 """Attention kernels that know nothing of context parallelism: full attention inside each sample of a thd tensor.
 
 `torch` runs everywhere (scaled_dot_product_attention, sample by sample, or one batched call when all lengths agree); `flash` and `te` are
-CUDA packages imported in their adapter. The ring needs a chunk's log-sum-exp and a backward that takes the merged one: `ChunkKernel`.
+CUDA packages imported in their adapter; `fastest` takes torch or one of them for each pack. The ring needs a chunk's log-sum-exp and a
+backward that takes the merged one: `chunk_forward`, `chunk_backward`.
 Layout thd: [tokens, heads, head size], tokens grouped by sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megasora import cudnn
 from megasora.config.errors import UserError
 from megasora.parallel.pack import AttentionOrder
 
-KernelName = Literal["torch", "flash", "te"]
+KernelName = Literal["torch", "flash", "te", "fastest"]
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionOrder], Tensor]
+PACKAGES: dict[KernelName, str] = {"te": "transformer_engine", "flash": "flash_attn"}
+"""Kernels for samples of any lengths, the fastest first."""
 
 
 class ChunkResult(NamedTuple):
@@ -34,14 +39,35 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, order: AttentionOrder) -> T
     """Full attention inside each sample by torch's scaled_dot_product_attention."""
     lengths = order.lengths
     if len(set(lengths)) == 1:
-        n, heads, size = len(lengths), q.shape[1], q.shape[2]
-        qb, kb, vb = (x.reshape(n, lengths[0], heads, size).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(qb, kb, vb).transpose(1, 2).reshape(-1, heads, size)
+        qb, kb, vb = _batched(q, k, v, samples=len(lengths))
+        batched = F.scaled_dot_product_attention(qb, kb, vb)
+        return batched.transpose(1, 2).reshape(q.shape)
     parts = [
         F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in triple))[0].transpose(0, 1)
         for triple in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     ]
     return torch.cat(parts)
+
+
+def _batched(q: Tensor, k: Tensor, v: Tensor, *, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[samples, heads, tokens, head size] views of thd tensors whose samples are equally long."""
+    qb, kb, vb = (x.unflatten(0, (samples, -1)).transpose(1, 2) for x in (q, k, v))
+    return qb, kb, vb
+
+
+def _fastest_attention(otherwise: Kernel) -> Kernel:
+    """torch's cuDNN kernel where all samples of a pack are equally long, `otherwise` elsewhere.
+
+    Forward and backward on an H100 it takes 0.92 to 0.95 of the time of Transformer Engine's, which takes any lengths (benchmarks/results,
+    2026-11-27).
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, order: AttentionOrder) -> Tensor:
+        if len(set(order.lengths)) == 1 and _by_cudnn(*_batched(q, k, v, samples=len(order.lengths))):
+            return torch_attention(q, k, v, order)
+        return otherwise(q, k, v, order)
+
+    return attend
 
 
 def _flash_attention() -> Kernel:
@@ -76,14 +102,32 @@ def _te_attention(*, num_heads: int, head_dim: int) -> Kernel:
         cu = order.cu_seqlens.to(q.device, non_blocking=True)
         longest = order.max_seqlen
         q, k, v = (x.contiguous() for x in (q, k, v))
-        out: Tensor = modules[heads](q, k, v, cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=longest, max_seqlen_kv=longest)
+        try:
+            out: Tensor = modules[heads](q, k, v, cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=longest, max_seqlen_kv=longest)
+        except RuntimeError as error:
+            _refuse_two_cudnns(error)
+            raise
         return out.view(q.shape)
 
     return attend
 
 
+def _refuse_two_cudnns(error: RuntimeError) -> None:
+    """Say what a failure inside cuDNN means when the process holds two of them.
+
+    Raises:
+        UserError: it does.
+    """
+    if "cuDNN" in str(error) and len(found := cudnn.loaded()) > 1:
+        raise UserError(
+            f"attention failed in cuDNN, of which this process loaded {len(found)}: {' and '.join(found)}; "
+            f"set {cudnn.NAMED_BY[0]} to the folder of torch's ({cudnn.of_torchs_wheel() or 'pip show -f nvidia-cudnn-cu13 names it'}) "
+            "before the start"
+        ) from error
+
+
 def choose_kernel(name: KernelName, *, num_heads: int, head_dim: int) -> Kernel:
-    """The attention kernel called `name`.
+    """The attention kernel called `name`; fastest: torch's where it is, else te, flash or torch, the first that is installed.
 
     Raises:
         UserError: its package is not installed.
@@ -92,6 +136,10 @@ def choose_kernel(name: KernelName, *, num_heads: int, head_dim: int) -> Kernel:
         return _flash_attention()
     if name == "te":
         return _te_attention(num_heads=num_heads, head_dim=head_dim)
+    if name == "fastest":
+        for other, package in PACKAGES.items():
+            if find_spec(package) is not None:
+                return _fastest_attention(choose_kernel(other, num_heads=num_heads, head_dim=head_dim))
     return torch_attention
 
 
@@ -144,11 +192,20 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def _by_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch would give these to cuDNN: on Hopper it attends 1.6 times as fast as torch's flash kernel (benchmarks/results)."""
+    cuda = torch.backends.cuda
+    return bool(cuda.cudnn_sdp_enabled() and cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, False, False)))
+
+
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(out [1,h,s,d], lse [1,h,s]) by torch's flash kernel of the device; [1, heads, tokens, head size] inputs."""
+    """(out [1,h,s,d], lse [1,h,s]) by torch's fastest kernel of the device; [1, heads, tokens, head size] inputs."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif _by_cudnn(q, k, v):
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+        lse = lse.view(q.shape[:3])
     elif q.dtype in (torch.bfloat16, torch.float16):
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     else:
@@ -161,6 +218,12 @@ def _dense_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     aten = torch.ops.aten
     if q.device.type == "cpu":
         parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
+        return parts[0], parts[1], parts[2]
+    if _by_cudnn(q, k, v):
+        none = torch.zeros((), dtype=torch.int64, device=q.device)
+        parts = aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse.unsqueeze(-1), none, none, None, None, None, q.shape[2], k.shape[2], 0.0, False
+        )
         return parts[0], parts[1], parts[2]
     if q.dtype in (torch.bfloat16, torch.float16):
         zero = torch.zeros((), dtype=torch.int64, device=q.device)

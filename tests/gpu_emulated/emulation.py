@@ -84,7 +84,30 @@ def _flash_backward(*args: Any) -> Any:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args[:6], args[10], args[11])
 
 
+def _cudnn_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: None, wants_lse: bool) -> Any:
+    """(out, log-sum-exp [b, h, s, 1], ...), as torch's CUDA kernel gives them."""
+    assert bias is None
+    assert wants_lse
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, lse.unsqueeze(-1)
+
+
+def _cudnn_backward(*args: Any) -> Any:
+    """torch's CUDA kernel takes (grad, q, k, v, out, lse, seed, offset, bias, cu_q, cu_k, longest_q, longest_k, dropout, causal)."""
+    grad, q, k, v, out, lse, _, _, bias, cu_q, cu_k, longest_q, longest_k, dropout, causal = args
+    assert (bias, cu_q, cu_k, longest_q, longest_k) == (None, None, None, q.shape[2], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse.squeeze(-1), dropout, causal)
+
+
+def _cudnn_takes(params: Any, debug: bool = False) -> bool:
+    """What torch asks of inputs before it gives them to cuDNN on Hopper (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+    lengths_and_size = (params.query.shape[2], params.key.shape[2], params.query.shape[3])
+    return params.query.dtype in (torch.bfloat16, torch.float16) and min(lengths_and_size) > 1 and lengths_and_size[2] % 8 == 0
+
+
 _KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _cudnn_forward,
+    torch.ops.aten._scaled_dot_product_cudnn_attention_backward: _cudnn_backward,
     torch.ops.aten._scaled_dot_product_flash_attention: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
     torch.ops.aten._scaled_dot_product_flash_attention_backward: _flash_backward,
     torch.ops.aten._scaled_dot_product_efficient_attention: lambda q, k, v, *_: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -177,6 +200,7 @@ def _replace_cuda_queries() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_args, answer=answer, **_kwargs: answer)
     torch.cuda.graphs.is_current_stream_capturing = lambda: False
+    torch.backends.cuda.can_use_cudnn_attention = _cudnn_takes
     torch.version.cuda = "13.0"
     torch.Tensor.record_stream = lambda _self, _stream: None  # type: ignore[method-assign,assignment]
 

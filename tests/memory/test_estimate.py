@@ -95,6 +95,26 @@ def test_a_rank_allocates_what_the_estimate_says(pool: RankPool, name: str) -> N
     assert expected.activations + expected.working_set == pytest.approx(found.peak, rel=CLOSE)
 
 
+H100 = {
+    ("none", "none"): (16.82, 17.65),
+    ("none", "selective"): (8.757, 10.41),
+    ("none", "full"): (1.035, 3.813),
+    ("tensorwise", "none"): (14.16, 15.24),
+    ("tensorwise", "selective"): (8.756, 10.4),
+    ("tensorwise", "full"): (1.035, 3.762),
+}
+"""GiB kept and at the peak, by FP8 recipe and recomputation: benchmarks/results/2026-11-27_gpu_h100.md, two clips, FEW blocks."""
+
+
+@pytest.mark.parametrize(("fp8", "recompute"), H100)
+def test_an_h100_allocated_what_the_estimate_says(fp8: str, recompute: str) -> None:
+    parallel, precision = ParallelConfig(recompute=recompute), PrecisionConfig(fp8=fp8)  # type: ignore[arg-type]
+    expected = expected_of(Case(model=FEW, parallel=parallel, precision=precision, samples=(VIDEO, VIDEO)))
+    kept, peak = H100[fp8, recompute]
+    assert expected.activations == pytest.approx(kept * 2**30, rel=CLOSE)
+    assert expected.activations + expected.working_set + expected.workspace == pytest.approx(peak * 2**30, rel=CLOSE)
+
+
 SMALL = ModelConfig(
     hidden_size=256,
     num_attention_heads=4,

@@ -36,7 +36,7 @@ def choose_provider(name: Literal["auto", "te", "local"], *, device: torch.devic
 
 
 def choose_attention(name: Literal["auto", "te", "flash", "torch"], *, device: torch.device, dtype: torch.dtype) -> KernelName:
-    """Attention kernel for a device: `auto` takes te, then flash, on CUDA in bf16, torch otherwise.
+    """Attention kernel for a device: `auto` takes the fastest installed for each pack on CUDA in bf16, torch otherwise.
 
     Raises:
         UserError: te or flash on the CPU.
@@ -45,12 +45,7 @@ def choose_attention(name: Literal["auto", "te", "flash", "torch"], *, device: t
         raise UserError(f"attention {name} needs CUDA; use --precision.attention torch on the CPU")
     if name != "auto":
         return name
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        if _installed("transformer_engine"):
-            return "te"
-        if _installed("flash_attn"):
-            return "flash"
-    return "torch"
+    return "fastest" if device.type == "cuda" and dtype == torch.bfloat16 else "torch"
 
 
 def choose_kernels(name: Literal["auto", "triton", "torch"], *, device: torch.device, dtype: torch.dtype) -> Kernels:
