@@ -37,7 +37,7 @@ from megasora.config.schema import OptimizerConfig
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
-from megasora.training import run
+from megasora.training import step as training_step
 from megasora.training.feed import StepBatch
 from megasora.training.metrics import MetricsLog
 from megasora.training.microbatch import TrainingSample, build_microbatch
@@ -188,8 +188,8 @@ def our_parts(step: Callable[[], float], trainee: Trainee, log: MetricsLog, *, s
     """Median seconds of the parts of our step; `rest` is what none of them holds."""
     clock = Clock()
     with (
-        clock.watch("forward, backward, reduction", run, "run_schedule"),
-        clock.watch("agreement", run, "_agree"),
+        clock.watch("forward, backward, reduction", training_step, "run_schedule"),
+        clock.watch("agreement", training_step, "_agree"),
         clock.watch("clipping and Adam", trainee.optimizer, "step"),
         clock.watch("moving average", EMA, "update"),
         clock.watch("metrics", log, "write"),

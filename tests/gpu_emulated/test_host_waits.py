@@ -32,10 +32,10 @@ class StepWaits:
 
 def train_watched(rank: int, config: RunConfig) -> list[StepWaits]:
     """One rank of a run."""
-    from megasora.training import run
+    from megasora.training import run, trainer
 
     steps: list[StepWaits] = []
-    real = run.train_step
+    real = trainer.train_step
     with watch() as memory:
 
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -45,11 +45,11 @@ def train_watched(rank: int, config: RunConfig) -> list[StepWaits]:
             memory.waits = []
             return result
 
-        run.train_step = step
+        trainer.train_step = step
         try:
             run.train(config)
         finally:
-            run.train_step = real
+            trainer.train_step = real
     return steps
 
 

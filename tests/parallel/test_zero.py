@@ -204,14 +204,17 @@ def load_and_save(rank: int, config: RunConfig) -> None:
     """Resume a run and write its checkpoint again, without a step."""
     from megasora.data.manifest import read_manifest
     from megasora.parallel import groups
-    from megasora.training import run
+    from megasora.training.assets import with_assets
+    from megasora.training.checkpoints import Checkpoints
+    from megasora.training.step import build_trainee
 
     context = groups.initialize(
         config.parallel, device=torch.device("cpu"), num_attention_heads=config.model.num_attention_heads, seed=config.init.seed
     )
-    config = run.with_assets(config, folder=Path(str(config.run_dir)) / "assets")
-    trainee = run.build_trainee(config, context=context)
-    root, manifest = Path(str(config.run_dir)) / "checkpoints", read_manifest(str(config.data.manifest))
-    assert run._resume(trainee, root, config=config, context=context, manifest=manifest)
+    config = with_assets(config, folder=Path(str(config.run_dir)) / "assets")
+    trainee = build_trainee(config, context=context)
+    sha256 = read_manifest(str(config.data.manifest)).sha256
+    checkpoints = Checkpoints(Path(str(config.run_dir)) / "checkpoints", config=config, context=context, data_sha256=sha256)
+    assert checkpoints.resume(trainee)
     trainee.step += 1
-    run._save(trainee, root, config=config, context=context, manifest=manifest)
+    checkpoints.save(trainee)

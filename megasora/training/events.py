@@ -1,0 +1,153 @@
+"""What happens at some of a run's steps: measuring the held-out loss, showing samples, saving. Each says when it is due."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megasora.config.schema import RunConfig
+from megasora.data.decoding.writer import write_video
+from megasora.models.encoders.bundle import Encoders
+from megasora.models.sampler import ClipSampler, ClipSize, caption_of_prompt, encode_prompt
+from megasora.parallel.groups import ParallelContext
+from megasora.training.checkpoints import Checkpoints
+from megasora.training.evaluation import Evaluator
+from megasora.training.feed import Feeder
+from megasora.training.metrics import MetricsLog, film_strip
+from megasora.training.step import Trainee
+
+
+class Event(Protocol):
+    """Something all ranks do together between two steps, with whole parameters."""
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether it happens after this step; `last`: no step follows."""
+
+    def happen(self, trainee: Trainee) -> dict[str, Any]:
+        """Do it; what the step's record says of it."""
+
+
+class Evaluate:
+    """The held-out loss.
+
+    Args:
+        evaluator: of the held-out clips.
+        interval_steps: also after the last step.
+    """
+
+    def __init__(self, evaluator: Evaluator, *, interval_steps: int) -> None:
+        self.evaluator, self.interval_steps = evaluator, interval_steps
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """At multiples of the interval, also before the first step, and at the end."""
+        return last or step % self.interval_steps == 0
+
+    def happen(self, trainee: Trainee) -> dict[str, Any]:
+        """Measure it."""
+        measured = self.evaluator.measure(trainee.chunks, trainee.megatron_config)
+        return {
+            "event": "eval",
+            "step": trainee.step,
+            "loss": measured.mean,
+            "loss_by_t": measured.by_t,
+            "loss_by_kind": measured.by_kind,
+            "loss_by_resolution": measured.by_resolution,
+            "clips": len(self.evaluator.held_out),
+        }
+
+
+class ShowSamples:
+    """Clips of the run's prompts, shared out over the replicas, whose first ranks write them; rank 0 shows them in TensorBoard.
+
+    Args:
+        trainee: whose weights draw.
+        config: the run.
+        context: this rank's groups.
+        encoders: of the run; the feeder lets go of them while clips are drawn.
+        feeder: of the run.
+        log: of the run.
+    """
+
+    def __init__(
+        self, trainee: Trainee, *, config: RunConfig, context: ParallelContext, encoders: Encoders, feeder: Feeder, log: MetricsLog
+    ) -> None:
+        self.config, self.context, self.encoders, self.feeder, self.log = config, context, encoders, feeder, log
+        self.sampler = ClipSampler(
+            trainee.chunks,
+            megatron_config=trainee.megatron_config,
+            model=config.model,
+            sample=config.sample,
+            flow=config.flow,
+            encoders=config.encoders,
+            context=context,
+        )
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """At multiples of the interval and at the end."""
+        return last or (step > 0 and step % self.config.evaluation.sample_interval_steps == 0)
+
+    def happen(self, trainee: Trainee) -> dict[str, Any]:
+        """Draw, write and show them."""
+        self.feeder.settle()
+        context, prompts = self.context, self.config.evaluation.sample_prompts
+        files = [f"step_{trainee.step:08d}_{number:02d}.mp4" for number in range(len(prompts))]
+        leads = context.at.tp == context.at.cp == context.at.pp == 0
+        own: dict[int, Tensor] = {}
+        for number in range(context.at.dp, len(files), context.topology.dp):
+            video = self._draw(number)
+            if leads:
+                assert video is not None, "the replica's first rank gets the clip"
+                own[number] = self._write(files[number], video.float())
+        self._show(own, leads=leads, step=trainee.step)
+        return {"event": "sample", "files": files}
+
+    def _draw(self, number: int) -> Tensor | None:
+        settings = self.config.sample
+        size = ClipSize(num_frames=settings.num_frames, height=settings.height, width=settings.width)
+        caption = caption_of_prompt(self.config.evaluation.sample_prompts[number], settings=settings, num_frames=size.num_frames)
+        prompt = encode_prompt(self.encoders, caption, text_tokens=self.config.data.text_tokens)
+        latent = self.sampler.sample(prompt, size, seed=settings.seed + number)
+        return self.encoders.vae.decode(latent, group=self.context.replica)
+
+    def _write(self, name: str, video: Tensor) -> Tensor:
+        folder = Path(str(self.config.run_dir)) / "samples"
+        folder.mkdir(exist_ok=True)
+        write_video(folder / name, video, fps=self.config.sample.fps)
+        return film_strip(video)
+
+    def _show(self, own: dict[int, Tensor], *, leads: bool, step: int) -> None:
+        shares: list[dict[int, torch.Tensor]] = [{} for _ in range(self.context.topology.dp)]
+        if leads:
+            dist.all_gather_object(shares, own, group=self.context.pg_collection.dp)
+        for number, strip in sorted((number, strip) for share in shares for number, strip in share.items()):
+            self.log.add_images(f"samples/{number}", strip, step=step)
+
+
+class Save:
+    """A checkpoint.
+
+    Args:
+        checkpoints: of the run.
+        interval_steps: 0 saves after the last step only.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, *, interval_steps: int) -> None:
+        self.checkpoints, self.interval_steps = checkpoints, interval_steps
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """At multiples of the interval and at the end."""
+        return last or (step > 0 and self.interval_steps > 0 and step % self.interval_steps == 0)
+
+    def happen(self, trainee: Trainee) -> dict[str, Any]:
+        """Save it."""
+        return self.checkpoints.save(trainee)
+
+
+def due(events: Sequence[Event], step: int, *, last: bool) -> list[Event]:
+    """Those that happen after a step, in their order."""
+    return [event for event in events if event.due(step, last=last)]

@@ -1,0 +1,204 @@
+"""The run as an object: it owns what lives for the run, and its loop is in the open."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megasora.config.errors import UserError
+from megasora.config.schema import RunConfig
+from megasora.data.decoding.choice import open_decoder
+from megasora.data.decoding.contract import Decoder
+from megasora.data.manifest import read_manifest
+from megasora.data.plan import plan_clips
+from megasora.models.encoders.bundle import load_encoders
+from megasora.models.mmdit.initialization import initialize_weights
+from megasora.models.mmdit.weights import fill_parameters
+from megasora.parallel.groups import ParallelContext
+from megasora.training.checkpoints import Checkpoints
+from megasora.training.evaluation import Evaluator
+from megasora.training.events import Evaluate, Event, Save, ShowSamples, due
+from megasora.training.feed import Feeder, StepBatch
+from megasora.training.metrics import MetricsLog
+from megasora.training.optimizer import ensure_adam_state, refresh_masters, sync_parameters
+from megasora.training.prerequisites import encoders_needed, open_training_cache
+from megasora.training.start import Start, find_start
+from megasora.training.step import build_trainee, step_metrics, train_step
+
+
+class StopRequest:
+    """Remembers SIGTERM or SIGUSR1 (SLURM's warnings): the loop saves and ends after the running step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+class Trainer:
+    """One rank of a run, from its newest checkpoint or its start to its last step.
+
+    Args:
+        config: the run; its assets are there.
+        context: this rank's groups.
+        run_dir: folder of the run.
+        stop: whether the run was asked to end.
+
+    Raises:
+        UserError: files or settings do not allow it; says the cure.
+    """
+
+    def __init__(self, config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest) -> None:
+        self.config, self.context, self.stop = config, context, stop
+        manifest = read_manifest(str(config.data.manifest))
+        self.clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", config=config, context=context, data_sha256=manifest.sha256)
+        start = find_start(config, root=self.checkpoints.root)
+        self.cache = open_training_cache(config)
+        self.encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))
+        self.trainee = build_trainee(config, context=context)
+        resumed = self.checkpoints.resume(self.trainee)
+        self.events = [resumed] if resumed else self._initialize(start)
+        """What the next step's record says happened."""
+        if manifest.unread:
+            self.events.append({"event": "columns", "unread": list(manifest.unread)})
+        self.events += [{"event": "unfit", "row": row.row, "reason": row.reason} for row in (*manifest.skipped, *unfit)]
+        self.evaluator = self._evaluator()
+        self.log = MetricsLog(
+            run_dir,
+            active=context.rank == 0,
+            total_steps=config.train.steps,
+            first_step=self.trainee.step,
+            interval_steps=config.train.log_interval_steps,
+            tensorboard=config.train.tensorboard,
+        )
+
+    def run(self) -> None:
+        """Train to the last step, or until asked to stop."""
+        done, steps = self.trainee.step, self.config.train.steps
+        with self.log:
+            self._greet()
+            if done >= steps:
+                self.log.say(f"nothing to do: {done} of {steps} steps are done; raise --train.steps to go on")
+                return
+            feeder = self._feeder()
+            try:
+                self._loop(feeder)
+            finally:
+                feeder.close()
+
+    def _loop(self, feeder: Feeder) -> None:
+        at_steps = self._at_steps(feeder)
+        if self.trainee.step == 0:
+            self._happen(due(at_steps, 0, last=False))
+        started = time.perf_counter()
+        for batch in feeder:
+            stopped = self._step(batch, at_steps, started=started)
+            started = time.perf_counter()
+            if stopped:
+                self.log.say(f"stopped at step {self.trainee.step} as asked; the same command goes on from here")
+                return
+
+    def _step(self, batch: StepBatch, at_steps: Sequence[Event], *, started: float) -> bool:
+        """One step, what is due after it, and its record; whether the run was asked to stop."""
+        trainee, config, context = self.trainee, self.config, self.context
+        result = train_step(trainee, batch, config=config, context=context, stop=self.stop.asked)
+        self.events += [{"event": "skip", "clip": clip, "reason": reason} for clip, reason in result.skipped]
+        self._happen(due(at_steps, trainee.step, last=trainee.step == config.train.steps or result.stop))
+        if result.stop:
+            self.events.append({"event": "stop", "reason": "SIGTERM or SIGUSR1"})
+        seconds = time.perf_counter() - started
+        events, self.events = self.events, []
+        self.log.write(step_metrics(trainee, batch, result, config=config, context=context, seconds=seconds, events=events))
+        return result.stop
+
+    def _happen(self, events: Sequence[Event]) -> None:
+        if events:
+            sync_parameters(self.trainee.wrapped)
+        for event in events:
+            self.events.append(event.happen(self.trainee))
+
+    def _at_steps(self, feeder: Feeder) -> list[Event]:
+        config = self.config
+        events: list[Event] = []
+        if self.evaluator is not None:
+            events.append(Evaluate(self.evaluator, interval_steps=config.evaluation.interval_steps))
+        if config.evaluation.sample_interval_steps:
+            events.append(
+                ShowSamples(self.trainee, config=config, context=self.context, encoders=self.encoders, feeder=feeder, log=self.log)
+            )
+        return [*events, Save(self.checkpoints, interval_steps=config.checkpoint.interval_steps)]
+
+    def _initialize(self, start: Start | None) -> list[dict[str, Any]]:
+        """Weights of a fresh run; the events."""
+        config, trainee = self.config, self.trainee
+        initialize_weights(trainee.chunks, model=config.model, context=self.context, seed=config.init.seed)
+        events: list[dict[str, Any]] = []
+        if start is not None:
+            source = start.open(config)
+            fill_parameters(trainee.chunks, source.read, known=source.shapes, model=config.model, context=self.context)
+            events.append({"event": "init", "weights": start.path, "select": start.select, "notes": list(start.notes)})
+        elif config.init.follows is not None:
+            note = f"{config.recipe} follows {config.init.follows}: --init.run FOLDER starts from that run's weights"
+            events.append({"event": "init", "weights": "random", "notes": [note]})
+        refresh_masters(trainee.optimizer)
+        ensure_adam_state(trainee.optimizer, step=0)
+        if trainee.ema is not None:
+            trainee.ema.reset()
+        return events
+
+    def _feeder(self) -> Feeder:
+        return Feeder(
+            self.clips,
+            config=self.config,
+            context=self.context,
+            encoders=self.encoders,
+            decoder=self._decoder(),
+            cache=self.cache,
+            state=self.trainee.sampler,
+            first_step=self.trainee.step,
+            last_step=self.config.train.steps,
+            dtype=self._dtype,
+        )
+
+    def _evaluator(self) -> Evaluator | None:
+        config = self.config
+        if not config.evaluation.interval_steps or config.data.eval_manifest is None:
+            return None
+        held_out = read_manifest(config.data.eval_manifest)
+        clips, _ = plan_clips(held_out.clips, data=config.data, encoders=config.encoders, model=config.model)
+        evaluator = Evaluator(
+            clips, config=config, context=self.context, encoders=self.encoders, decoder=self._decoder(), dtype=self._dtype
+        )
+        if not evaluator.held_out:
+            raise UserError(f"no clip of {config.data.eval_manifest} can be decoded: {evaluator.failed[0][1]}")
+        return evaluator
+
+    def _decoder(self) -> Decoder:
+        data = self.config.data
+        return open_decoder(data.decoder, device=self.context.device, workers=data.decode_workers, timeout_s=data.decode_timeout_s)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of activations."""
+        dtype: torch.dtype = self.trainee.megatron_config.params_dtype
+        return dtype
+
+    def _greet(self) -> None:
+        sizes, config = self.context.topology, self.config
+        self.log.say(
+            f"{config.recipe}: TP {sizes.tp} x PP {sizes.pp} x CP {sizes.cp} x DP {sizes.dp}{f' (VP {sizes.vp})' if sizes.vp else ''} "
+            f"on {self.context.world_size} {config.device} rank(s); {len(self.clips)} clips, "
+            f"steps {self.trainee.step + 1} to {config.train.steps}; {config.run_dir}"
+        )
+        for event in self.events:
+            self.log.say("  ".join(f"{name} {value}" for name, value in event.items()))
