@@ -22,12 +22,22 @@ def pool() -> Iterator[RankPool]:
 
 
 @pytest.fixture
-def browser() -> Iterator[Any]:
-    """Headless Chromium of the system."""
+def chromium() -> Iterator[Any]:
+    """What starts the system's headless Chromium: takes playwright's methods `launch` and `launch_persistent_context`."""
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine (apt-get install chromium)")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+
+    def start(method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(playwright.chromium, method)(*args, executable_path=CHROMIUM, args=["--no-sandbox"], **kwargs)
+
     with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
+        yield start
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Any]:
+    """Headless Chromium that forgets everything when it is closed."""
+    running = chromium("launch")
+    yield running
+    running.close()

@@ -93,13 +93,14 @@ def opened(context: Any, page: Path, complaints: list[str]) -> Any:
     return tab
 
 
-def test_votes_through_the_page_come_out_of_the_file(tmp_path: Path, browser: Any) -> None:
+def test_votes_through_the_page_come_out_of_the_file(tmp_path: Path, chromium: Any) -> None:
     a, b = folders(tmp_path)
     page = tmp_path / "page"
     cli.main(["evaluate", "clips", str(a), str(b), "--measures", "--page", str(page), "--seed", "3"])
     entries = data_of(page / "index.html")["entries"]
     complaints: list[str] = []
-    context = browser.new_context(viewport={"width": 1280, "height": 720}, accept_downloads=True)
+    profile = {"viewport": {"width": 1280, "height": 720}, "accept_downloads": True}
+    context = chromium("launch_persistent_context", tmp_path / "profile", **profile)
     tab = opened(context, page / "index.html", complaints)
     tab.wait_for_function("[...document.querySelectorAll('video')].every(v => v.readyState >= 2 && v.videoWidth === 96 && !v.paused)")
     assert tab.text_content("#name") == entries[0]["pair"]
@@ -108,8 +109,9 @@ def test_votes_through_the_page_come_out_of_the_file(tmp_path: Path, browser: An
     tab.keyboard.press("2")
     tab.keyboard.press("0")
     assert tab.text_content("#count") == "pair 4 of 4, 3 voted"
-    tab.wait_for_timeout(1000)  # Chromium hands what is stored to its other process when it has time
-    tab.reload()  # progress stays
+    context.close()  # progress stays when the browser is closed and opened again
+    context = chromium("launch_persistent_context", tmp_path / "profile", **profile)
+    tab = opened(context, page / "index.html", complaints)
     assert tab.text_content("#count") == "pair 4 of 4, 3 voted"
     tab.keyboard.press("ArrowLeft")
     assert "chosen" in tab.get_attribute("#vote0", "class")
@@ -120,6 +122,7 @@ def test_votes_through_the_page_come_out_of_the_file(tmp_path: Path, browser: An
     with tab.expect_download() as download:
         tab.click("#download")
     download.value.save_as(tmp_path / "votes.json")
+    context.close()
     assert complaints == []
     ballot = read_ballot(tmp_path / "votes.json")
     turned = {"a": "b", "b": "a"}
