@@ -11,7 +11,7 @@ def step_batch(batches: list[MicroBatch], *, tokens: int) -> StepBatch:
     """A rank's micro-batches with what the feeder would say of them."""
     return StepBatch(
         batches=batches,
-        plan=StepPlan(epoch=0, samples=(0,), state_after=SamplerState()),
+        plan=StepPlan(position=SamplerState(), samples=(0,), state_after=SamplerState()),
         tokens=tokens,
         flops_tokens=(tokens,),
         skipped=(),

@@ -28,12 +28,13 @@ import torch.distributed as dist
 
 from benchmarks.prepared import step_batch
 from megasora import recipes
-from megasora.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megasora.config.schema import GuardConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megasora.models.mmdit.initialization import initialize_weights
 from megasora.parallel import groups
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
 from megasora.training.feed import StepBatch
+from megasora.training.guard import Guard
 from megasora.training.microbatch import TrainingSample, build_microbatch
 from megasora.training.optimizer import ensure_adam_state, refresh_masters
 from megasora.training.step import build_trainee, train_step
@@ -129,7 +130,7 @@ def measure_rank(rank: int, config: RunConfig, steps: int) -> Cost:
     batch = own_batches(context)
 
     def step() -> float:
-        return train_step(trainee, batch, config=config, context=context, stop=False).loss
+        return train_step(trainee, batch, config=config, context=context, guard=Guard(GuardConfig()), stop=False).loss
 
     first = [step() for _ in range(WARM_STEPS)][0]
     dist.barrier()

@@ -33,12 +33,13 @@ import torch.nn.functional as F
 from benchmarks.mmdit_step import MODEL, TEXT_TOKENS, copy_weights, one_rank, their_model
 from benchmarks.prepared import step_batch
 from megasora import recipes
-from megasora.config.schema import OptimizerConfig
+from megasora.config.schema import GuardConfig, OptimizerConfig
 from megasora.models.mmdit.schedule import MicroBatch
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
 from megasora.training import step as training_step
 from megasora.training.feed import StepBatch
+from megasora.training.guard import Guard
 from megasora.training.metrics import MetricsLog
 from megasora.training.microbatch import TrainingSample, build_microbatch
 from megasora.training.optimizer import EMA, ensure_adam_state, refresh_masters
@@ -83,7 +84,7 @@ def our_step(trainee: Trainee, batch: StepBatch, log: MetricsLog, *, context: Pa
 
     def step() -> float:
         started = time.perf_counter()
-        result = train_step(trainee, batch, config=CONFIG, context=context, stop=False)
+        result = train_step(trainee, batch, config=CONFIG, context=context, guard=Guard(GuardConfig()), stop=False)
         seconds = time.perf_counter() - started
         log.write(step_metrics(trainee, batch, result, config=CONFIG, context=context, seconds=seconds, events=[]))
         return result.loss

@@ -376,6 +376,24 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What is done about steps whose loss or gradient is not finite or far off; it is seen before the weights change."""
+
+    on_bad_step: Literal["leave_out", "stop"] = "leave_out"
+    """leave_out: pass over the step's samples, and go back to the newest checkpoint when steps stay bad; stop: end the run."""
+    window: int = 100
+    """Good steps that a step is compared with; before half of them are known only what is not finite is bad."""
+    loss_deviations: float = 10.0
+    """A loss so many standard deviations above the mean of the window is bad; 0 looks at no finite loss."""
+    norm_factor: float = 20.0
+    """A gradient norm so many times the median of the window is bad; 0 looks at no finite norm."""
+    patience: int = 2
+    """Bad steps in a row after which the weights are suspect: the run goes back to its newest checkpoint."""
+    budget: int = 10
+    """More steps left out within a window end the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The run itself."""
 
@@ -410,6 +428,7 @@ class RunConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes cuda when there is one."""
     run_dir: str | None = None

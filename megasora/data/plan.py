@@ -262,9 +262,15 @@ class SamplerState:
 class StepPlan:
     """The samples of one step, by number in the planned clips, in global order."""
 
-    epoch: int
+    position: SamplerState
+    """Where the sampler stood."""
     samples: tuple[int, ...]
     state_after: SamplerState
+
+    @property
+    def epoch(self) -> int:
+        """Of all its samples."""
+        return self.position.epoch
 
 
 class Taken(NamedTuple):
@@ -356,7 +362,7 @@ def next_step(tokens: Sequence[int], state: SamplerState, *, seed: int, global_t
         position += 1
     ended = position == len(order)
     after = SamplerState(epoch=state.epoch + 1) if ended else SamplerState(epoch=state.epoch, consumed=position)
-    return StepPlan(epoch=state.epoch, samples=tuple(taken), state_after=after)
+    return StepPlan(position=state, samples=tuple(taken), state_after=after)
 
 
 def sample_cost(tokens: int, *, hidden_size: int) -> float:

@@ -18,6 +18,7 @@ from megasora.data.plan import SamplerState
 from megasora.models.mmdit.sharded_state import model_tensors
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.row_shards import reshard
+from megasora.training.guard import Guard
 from megasora.training.optimizer import ensure_adam_state, refresh_masters
 from megasora.training.state import optimizer_tensors
 from megasora.training.step import Trainee
@@ -36,16 +37,16 @@ class Checkpoints:
     def __init__(self, root: Path, *, config: RunConfig, context: ParallelContext, data_sha256: str) -> None:
         self.root, self.config, self.context, self.data_sha256 = root, config, context, data_sha256
 
-    def save(self, trainee: Trainee) -> dict[str, Any]:
+    def save(self, trainee: Trainee, *, guard: Guard) -> dict[str, Any]:
         """Write a checkpoint and prune old ones; returns the event. All ranks call it together."""
         started = time.perf_counter()
-        path = store.save(self.root, step=trainee.step, tensors=self._tensors(trainee), state=self._state(trainee))
+        path = store.save(self.root, step=trainee.step, tensors=self._tensors(trainee), state=self._state(trainee, guard))
         settings = self.config.checkpoint
         if self.context.rank == 0:
             store.prune(self.root, keep=settings.keep, keep_every_steps=settings.keep_every_steps)
         return {"event": "checkpoint", "path": path.name, "seconds": round(time.perf_counter() - started, 3)}
 
-    def resume(self, trainee: Trainee) -> dict[str, Any] | None:
+    def resume(self, trainee: Trainee, *, guard: Guard) -> dict[str, Any] | None:
         """Load the newest complete checkpoint, if any; all ranks agree on which. Returns the event.
 
         Raises:
@@ -61,6 +62,8 @@ class Checkpoints:
         folder, facts = Path(choice[0][0]), choice[0][1]
         self._refuse_other_run(facts["state"], folder)
         self._load(trainee, folder, facts)
+        if "guard" in facts["state"]:
+            guard.restore(facts["state"]["guard"])
         init = self.config.init
         given = "weights" if init.weights else "run" if init.run else None
         ignored = f"; --init.{given} is ignored" if given else ""
@@ -84,13 +87,14 @@ class Checkpoints:
             **optimizer_tensors(trainee.chunks, trainee.optimizer, trainee.ema, model=model, context=context),
         }
 
-    def _state(self, trainee: Trainee) -> dict[str, Any]:
+    def _state(self, trainee: Trainee, guard: Guard) -> dict[str, Any]:
         """What the manifest keeps beside the tensors."""
         return {
             "recipe": self.config.recipe,
             "parallel": to_dict(self.config.parallel),
             "sampler": asdict(trainee.sampler),
             "samples_seen": trainee.samples_seen,
+            "guard": guard.state(),
             "ema_decay": self.config.optimizer.ema_decay,
             **self._same_in_a_run(),
         }

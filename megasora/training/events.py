@@ -18,6 +18,7 @@ from megasora.parallel.groups import ParallelContext
 from megasora.training.checkpoints import Checkpoints
 from megasora.training.evaluation import Evaluator
 from megasora.training.feed import Feeder
+from megasora.training.guard import Guard
 from megasora.training.metrics import MetricsLog, film_strip
 from megasora.training.step import Trainee
 
@@ -133,11 +134,12 @@ class Save:
 
     Args:
         checkpoints: of the run.
+        guard: of the run; what it knows is saved too.
         interval_steps: 0 saves after the last step only.
     """
 
-    def __init__(self, checkpoints: Checkpoints, *, interval_steps: int) -> None:
-        self.checkpoints, self.interval_steps = checkpoints, interval_steps
+    def __init__(self, checkpoints: Checkpoints, *, guard: Guard, interval_steps: int) -> None:
+        self.checkpoints, self.guard, self.interval_steps = checkpoints, guard, interval_steps
 
     def due(self, step: int, *, last: bool) -> bool:
         """At multiples of the interval and at the end."""
@@ -145,7 +147,7 @@ class Save:
 
     def happen(self, trainee: Trainee) -> dict[str, Any]:
         """Save it."""
-        return self.checkpoints.save(trainee)
+        return self.checkpoints.save(trainee, guard=self.guard)
 
 
 def due(events: Sequence[Event], step: int, *, last: bool) -> list[Event]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -112,6 +112,7 @@ class Feeder:
         first_step: 0-based number of the next step.
         last_step: where to stop.
         dtype: activations of the model.
+        left_out: positions of the sampler whose step is passed over.
     """
 
     def __init__(
@@ -127,11 +128,13 @@ class Feeder:
         last_step: int,
         dtype: torch.dtype,
         cache: Cache | None = None,
+        left_out: Collection[SamplerState] = (),
     ) -> None:
         assert (cache is None) == (config.data.cache is None), (
             "a run with data.cache opens it (prerequisites.open_training_cache) and passes it"
         )
         self.clips, self.config, self.context, self.dtype = clips, config, context, dtype
+        self._left_out = frozenset(left_out)
         self._tokens = [clip.tokens for clip in clips]
         self._planned: deque[_Planned] = deque()
         self._weights = {field.name: float(getattr(config.condition, field.name)) for field in fields(config.condition)}
@@ -206,8 +209,11 @@ class Feeder:
         ranks = dist.get_process_group_ranks(self.context.replica)
         mix = mix_of(self.clips, data)
         for step in range(first_step, last_step):
-            plan = next_step(self._tokens, state, seed=self.config.train.seed, global_tokens=data.global_tokens, mix=mix)
-            state = plan.state_after
+            while True:
+                plan = next_step(self._tokens, state, seed=self.config.train.seed, global_tokens=data.global_tokens, mix=mix)
+                position, state = state, plan.state_after
+                if position not in self._left_out:
+                    break
             replicas = assign_packs(
                 [self._tokens[sample] for sample in plan.samples],
                 data_parallel_size=topology.dp,

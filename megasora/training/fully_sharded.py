@@ -7,7 +7,7 @@ on a rank's rows. Megatron's schedules see the chunks themselves: no DDP, no gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -158,15 +158,17 @@ class FullyShardedAdam:
         return gradients
 
     @torch.no_grad()
-    def step(self) -> tuple[bool, float, None]:
-        """Clip by the global norm, step, and drop gathered parameters, which are old now.
+    def step(self, *, accept: Callable[[float], bool]) -> tuple[float, bool]:
+        """Clip by the global norm, step, and drop gathered parameters, which are old now; nothing of it where the norm is refused.
 
         Returns:
-            (True, gradient norm before clipping, None), as Megatron's optimizers do.
+            (gradient norm before clipping, whether it was accepted).
         """
         self._check_memory()
         gradients = self._gradients()
         norm = self._norm(gradients)
+        if not accept(norm):
+            return norm, False
         limit = self.settings.clip_grad
         if limit > 0 and limit / (norm + 1e-6) < 1:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
@@ -174,7 +176,7 @@ class FullyShardedAdam:
             master.grad = gradient if master.numel() else None
         self.adam.step()
         reshard(self.chunks)
-        return True, norm, None
+        return norm, True
 
     def _check_memory(self) -> None:
         """FSDP2 used to give padded rows new memory at the first forward pass (pytorch pull 163130); Adam would step on the old."""

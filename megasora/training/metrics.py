@@ -71,9 +71,8 @@ class MetricsLog:
         self.interval_steps = interval_steps
         if not active:
             return
-        trim(run_dir / "metrics.jsonl", last_step=first_step)
-        self._file = (run_dir / "metrics.jsonl").open("a")
-        self._writer = _summary_writer(run_dir / "tensorboard", purge_step=first_step + 1) if tensorboard else None
+        self._run_dir, self._tensorboard = run_dir, tensorboard
+        self._open(first_step)
         self._progress = Progress(
             TextColumn("train"),
             BarColumn(),
@@ -93,9 +92,26 @@ class MetricsLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.active:
             self._progress.stop()
-            self._file.close()
-            if self._writer is not None:
-                self._writer.close()
+            self._close()
+
+    def _open(self, step: int) -> None:
+        """Write behind what was recorded until this step."""
+        path = self._run_dir / "metrics.jsonl"
+        trim(path, last_step=step)
+        self._file = path.open("a")
+        self._writer = _summary_writer(self._run_dir / "tensorboard", purge_step=step + 1) if self._tensorboard else None
+
+    def _close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def rewind(self, step: int) -> None:
+        """Forget the records after a step that the run went back to."""
+        if self.active:
+            self._close()
+            self._open(step)
+            self._progress.update(self._task, completed=step)
 
     def write(self, metrics: StepMetrics) -> None:
         """Record a step."""

@@ -7,7 +7,7 @@ Everything that reaches into the distributed optimizer's maps is here: which fla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,6 +15,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 from torch import nn
@@ -182,6 +183,28 @@ def zero_gradients(wrapped: Sequence[nn.Module], optimizer: TrainingOptimizer) -
         if isinstance(chunk, DistributedDataParallel):
             chunk.zero_grad_buffer()
     optimizer.zero_grad()
+
+
+def update_weights(optimizer: TrainingOptimizer, *, accept: Callable[[float], bool]) -> tuple[float, bool]:
+    """Clip the gradients by their norm over all ranks and step, unless the norm is refused; then only gradients have changed.
+
+    What Megatron's optimizers do in `step` (megatron/core/optimizer/optimizer.py), with a look at the norm between.
+
+    Returns:
+        (gradient norm before clipping, whether the weights changed), the same on every rank.
+    """
+    if isinstance(optimizer, FullyShardedAdam):
+        return optimizer.step(accept=accept)
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not accept(norm):
+        return norm, False
+    for inner in _distributed(optimizer):
+        parameters, limit = inner.get_parameters(), inner.config.clip_grad
+        if parameters and limit > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return norm, True
 
 
 def owned_shards(optimizer: TrainingOptimizer) -> Iterator[OwnedShard]:

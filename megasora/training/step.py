@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
-from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
 from megasora.data.plan import SamplerState
 from megasora.models.mmdit.build import build_chunks
@@ -26,13 +25,10 @@ from megasora.parallel.transfer import send
 from megasora.perf.flops import training_flops
 from megasora.perf.peaks import peak_bf16_tflops
 from megasora.training.feed import StepBatch
+from megasora.training.guard import Guard
 from megasora.training.metrics import StepMetrics
 from megasora.training.microbatch import velocity_loss
-from megasora.training.optimizer import EMA, TrainingOptimizer, learning_rate, prepare_training, zero_gradients
-
-
-class TrainingFailedError(UserError):
-    """Training cannot go on; the last checkpoint is good."""
+from megasora.training.optimizer import EMA, TrainingOptimizer, learning_rate, prepare_training, update_weights, zero_gradients
 
 
 @dataclass
@@ -75,6 +71,8 @@ class StepResult:
     stop: bool
     feeding: Feeding
     skipped: list[tuple[str, str]]
+    problem: str | None = None
+    """Why the step did not happen; then nothing has changed."""
 
 
 def build_trainee(config: RunConfig, *, context: ParallelContext) -> Trainee:
@@ -87,12 +85,8 @@ def build_trainee(config: RunConfig, *, context: ParallelContext) -> Trainee:
     return Trainee(chunks=chunks, wrapped=wrapped, megatron_config=megatron_config, optimizer=optimizer, ema=ema)
 
 
-def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context: ParallelContext, stop: bool) -> StepResult:
-    """One optimizer step on all ranks.
-
-    Raises:
-        TrainingFailedError: the loss is not finite; nothing was changed.
-    """
+def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context: ParallelContext, guard: Guard, stop: bool) -> StepResult:
+    """One optimizer step on all ranks, unless the guard finds something wrong with its loss or its gradients."""
     zero_gradients(trainee.wrapped, trainee.optimizer)
     reports = run_schedule(
         trainee.wrapped,
@@ -103,22 +97,28 @@ def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context
     )
     loss, counted, num_skipped, asked, feeding = _agree(reports, batch, context=context, stop=stop)
     skipped = _gather_skips(batch, context) if num_skipped else []
-    if counted and not math.isfinite(loss):
-        raise TrainingFailedError(
-            f"loss is {loss} at step {trainee.step + 1}; the last checkpoint is good: lower --optimizer.lr and run the same command again"
-        )
+    problem, norm = _update(trainee, loss, config=config, guard=guard) if counted else (None, 0.0)
+    if problem is None:
+        trainee.step += 1
+        trainee.sampler = batch.plan.state_after
+        trainee.samples_seen += counted
+    return StepResult(loss=loss, grad_norm=norm, counted=counted, stop=asked, feeding=feeding, skipped=skipped, problem=problem)
+
+
+def _update(trainee: Trainee, loss: float, *, config: RunConfig, guard: Guard) -> tuple[str | None, float]:
+    """(why the weights stayed as they were, gradient norm)."""
+    problem = guard.problem_with_loss(loss)
+    if problem is not None:
+        return problem, math.nan
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate(trainee.step, config=config.optimizer)
-    grad_norm = 0.0
-    if counted:
-        _, norm, _ = trainee.optimizer.step()
-        grad_norm = float(norm)
-        if trainee.ema is not None:
-            trainee.ema.update()
-    trainee.step += 1
-    trainee.sampler = batch.plan.state_after
-    trainee.samples_seen += counted
-    return StepResult(loss=loss, grad_norm=grad_norm, counted=counted, stop=asked, feeding=feeding, skipped=skipped)
+    norm, changed = update_weights(trainee.optimizer, accept=lambda norm: guard.problem_with_norm(norm) is None)
+    if not changed:
+        return guard.problem_with_norm(norm), norm
+    guard.good(loss, norm)
+    if trainee.ema is not None:
+        trainee.ema.update()
+    return None, norm
 
 
 def _agree(reports: list[torch.Tensor], batch: StepBatch, *, context: ParallelContext, stop: bool) -> tuple[float, int, int, bool, Feeding]:

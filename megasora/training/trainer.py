@@ -7,16 +7,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
 from megasora.data.decoding.choice import open_decoder
 from megasora.data.decoding.contract import Decoder
 from megasora.data.manifest import read_manifest
-from megasora.data.plan import plan_clips
+from megasora.data.plan import SamplerState, plan_clips
 from megasora.models.encoders.bundle import load_encoders
 from megasora.models.mmdit.initialization import initialize_weights
 from megasora.models.mmdit.weights import fill_parameters
@@ -25,11 +26,19 @@ from megasora.training.checkpoints import Checkpoints
 from megasora.training.evaluation import Evaluator
 from megasora.training.events import Evaluate, Event, Save, ShowSamples, due
 from megasora.training.feed import Feeder, StepBatch
+from megasora.training.guard import Guard, LeftOut, append_left_out, read_left_out
 from megasora.training.metrics import MetricsLog
 from megasora.training.optimizer import ensure_adam_state, refresh_masters, sync_parameters
 from megasora.training.prerequisites import encoders_needed, open_training_cache
 from megasora.training.start import Start, find_start
-from megasora.training.step import build_trainee, step_metrics, train_step
+from megasora.training.step import StepResult, build_trainee, step_metrics, train_step
+
+Next = Literal["step", "feed", "end"]
+"""What follows a step: the next one, a feeder that starts elsewhere, nothing."""
+
+
+class TrainingFailedError(UserError):
+    """Training cannot go on; the last checkpoint is good."""
 
 
 class StopRequest:
@@ -66,7 +75,11 @@ class Trainer:
         self.cache = open_training_cache(config)
         self.encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))
         self.trainee = build_trainee(config, context=context)
-        resumed = self.checkpoints.resume(self.trainee)
+        self.guard = Guard(config.guard)
+        self._left_out_file = run_dir / "recovery" / "left_out.jsonl"
+        self._applied: SamplerState | None = None
+        """Position of the last step that changed the weights."""
+        resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
         self.events = [resumed] if resumed else self._initialize(start)
         """What the next step's record says happened."""
         if manifest.unread:
@@ -90,36 +103,90 @@ class Trainer:
             if done >= steps:
                 self.log.say(f"nothing to do: {done} of {steps} steps are done; raise --train.steps to go on")
                 return
-            feeder = self._feeder()
-            try:
-                self._loop(feeder)
-            finally:
-                feeder.close()
+            self.guard.leave_out(self._known_left_out())
+            following: Next = "feed"
+            while following == "feed":
+                feeder = self._feeder()
+                try:
+                    following = self._train(feeder)
+                finally:
+                    feeder.close()
 
-    def _loop(self, feeder: Feeder) -> None:
+    def _train(self, feeder: Feeder) -> Next:
         at_steps = self._at_steps(feeder)
-        if self.trainee.step == 0:
+        if self.trainee.step == 0 and self._applied is None:
             self._happen(due(at_steps, 0, last=False))
         started = time.perf_counter()
         for batch in feeder:
-            stopped = self._step(batch, at_steps, started=started)
+            following = self._step(batch, at_steps, started=started)
             started = time.perf_counter()
-            if stopped:
-                self.log.say(f"stopped at step {self.trainee.step} as asked; the same command goes on from here")
-                return
+            if following != "step":
+                return following
+        return "end"
 
-    def _step(self, batch: StepBatch, at_steps: Sequence[Event], *, started: float) -> bool:
-        """One step, what is due after it, and its record; whether the run was asked to stop."""
+    def _step(self, batch: StepBatch, at_steps: Sequence[Event], *, started: float) -> Next:
+        """One step, what is due after it, and its record."""
         trainee, config, context = self.trainee, self.config, self.context
-        result = train_step(trainee, batch, config=config, context=context, stop=self.stop.asked)
+        result = train_step(trainee, batch, config=config, context=context, guard=self.guard, stop=self.stop.asked)
         self.events += [{"event": "skip", "clip": clip, "reason": reason} for clip, reason in result.skipped]
+        if result.problem is not None:
+            self._leave_out(batch, result, problem=result.problem)
+            return "feed"
+        self._applied = batch.plan.position
         self._happen(due(at_steps, trainee.step, last=trainee.step == config.train.steps or result.stop))
         if result.stop:
             self.events.append({"event": "stop", "reason": "SIGTERM or SIGUSR1"})
         seconds = time.perf_counter() - started
         events, self.events = self.events, []
         self.log.write(step_metrics(trainee, batch, result, config=config, context=context, seconds=seconds, events=events))
-        return result.stop
+        if result.stop:
+            self.log.say(f"stopped at step {trainee.step} as asked; the same command goes on from here")
+        return "end" if result.stop else "step"
+
+    def _leave_out(self, batch: StepBatch, result: StepResult, *, problem: str) -> None:
+        """Pass over the samples of a step that must not happen; go back where the weights are suspect.
+
+        Raises:
+            TrainingFailedError: the guard has had enough, or there is nothing to go back to.
+        """
+        step = self.trainee.step + 1
+        answer = self.guard.bad(step)
+        if answer == "stop":
+            raise TrainingFailedError(
+                f"{problem} at step {step}; the last checkpoint is good: lower --optimizer.lr, or look at the samples that "
+                f"{self._left_out_file} names, and run the same command again"
+            )
+        entries = [LeftOut(position=batch.plan.position, step=step, reason=problem)]
+        if answer == "go_back" and self._applied is not None:
+            entries.append(LeftOut(position=self._applied, step=step - 1, reason=f"before: {problem}"))
+        self.guard.leave_out(entries)
+        if self.context.rank == 0:
+            append_left_out(self._left_out_file, entries)
+        clips = [self.clips[sample].clip.id for sample in batch.plan.samples]
+        event = {"event": "left_out", "step": step, "reason": problem, "samples": len(clips), "clips": clips[:5]}
+        self.log.say(f"step {step} left out: {problem}; {len(clips)} samples, the first {', '.join(clips[:5])}")
+        self.events.append(event)
+        if answer == "go_back":
+            self._go_back(problem)
+
+    def _go_back(self, problem: str) -> None:
+        sync_parameters(self.trainee.wrapped)
+        left = self.trainee.step
+        resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
+        if resumed is None:
+            raise TrainingFailedError(
+                f"{problem} after step {left}, and no checkpoint to go back to; lower --optimizer.lr or --checkpoint.interval_steps"
+            )
+        self._applied = None
+        self.log.rewind(self.trainee.step)
+        self.events.append({"event": "go_back", "from_step": left, "to": resumed["from"]})
+        self.log.say(f"went back from step {left} to {resumed['from']}")
+
+    def _known_left_out(self) -> list[LeftOut]:
+        """What earlier processes of this run have passed over; rank 0 reads it for all."""
+        found = [read_left_out(self._left_out_file) if self.context.rank == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0] or []
 
     def _happen(self, events: Sequence[Event]) -> None:
         if events:
@@ -136,7 +203,7 @@ class Trainer:
             events.append(
                 ShowSamples(self.trainee, config=config, context=self.context, encoders=self.encoders, feeder=feeder, log=self.log)
             )
-        return [*events, Save(self.checkpoints, interval_steps=config.checkpoint.interval_steps)]
+        return [*events, Save(self.checkpoints, guard=self.guard, interval_steps=config.checkpoint.interval_steps)]
 
     def _initialize(self, start: Start | None) -> list[dict[str, Any]]:
         """Weights of a fresh run; the events."""
@@ -168,6 +235,7 @@ class Trainer:
             first_step=self.trainee.step,
             last_step=self.config.train.steps,
             dtype=self._dtype,
+            left_out=self.guard.left_out,
         )
 
     def _evaluator(self) -> Evaluator | None:

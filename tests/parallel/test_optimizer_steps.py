@@ -14,7 +14,7 @@ from megasora.checkpoint import store
 from megasora.checkpoint.formats.canonical import canonical_shapes
 from megasora.checkpoint.megatron_io import MegatronReader
 from megasora.checkpoint.tensors import as_torch
-from megasora.config.schema import RunConfig
+from megasora.config.schema import GuardConfig, RunConfig
 from megasora.models.mmdit.initialization import initial_values
 from megasora.parallel.shards import Piece
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
@@ -123,6 +123,7 @@ def test_a_loss_that_is_no_number_ends_the_run(pool: RankPool, straight: Path, t
     config = run_of(run_dir)
     # the first step moves every weight by about 1e30
     wild = replace(config, optimizer=replace(config.optimizer, lr=1e30, lr_milestones=(), warmup_steps=0))
+    wild = replace(wild, guard=GuardConfig(on_bad_step="stop"))
     with pytest.raises(RankFailedError, match=r"loss is \w+ at step 2; the last checkpoint is good"):
         pool.run(1, train_on_rank, wild)
     assert [entry.step for entry in store.complete_checkpoints(run_dir / "checkpoints")] == [1]

@@ -206,6 +206,7 @@ def load_and_save(rank: int, config: RunConfig) -> None:
     from megasora.parallel import groups
     from megasora.training.assets import with_assets
     from megasora.training.checkpoints import Checkpoints
+    from megasora.training.guard import Guard
     from megasora.training.step import build_trainee
 
     context = groups.initialize(
@@ -215,6 +216,7 @@ def load_and_save(rank: int, config: RunConfig) -> None:
     trainee = build_trainee(config, context=context)
     sha256 = read_manifest(str(config.data.manifest)).sha256
     checkpoints = Checkpoints(Path(str(config.run_dir)) / "checkpoints", config=config, context=context, data_sha256=sha256)
-    assert checkpoints.resume(trainee)
+    guard = Guard(config.guard)
+    assert checkpoints.resume(trainee, guard=guard)
     trainee.step += 1
-    checkpoints.save(trainee)
+    checkpoints.save(trainee, guard=guard)
