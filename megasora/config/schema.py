@@ -433,3 +433,6 @@ class RunConfig:
     """Where to run; auto takes cuda when there is one."""
     run_dir: str | None = None
     """Folder of the run; None makes runs/<recipe>."""
+    resume_data: Literal["exact", "epoch", "restart"] = "exact"
+    """Where a run goes on whose data, token budget or seed have changed since its checkpoint: exact refuses, epoch begins the next epoch,
+    restart begins with epoch 0; weights, optimizer and step count go on. What has not changed always goes on exactly."""

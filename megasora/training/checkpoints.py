@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +25,9 @@ from megasora.training.optimizer import ensure_adam_state, refresh_masters
 from megasora.training.state import optimizer_tensors
 from megasora.training.step import Trainee
 
+DECIDES_SAMPLES = ("seed", "global_tokens", "data_sha256")
+"""Facts of a run without which a position of its sampler means nothing."""
+
 
 class Checkpoints:
     """Saves and resumes a trainee.
@@ -36,6 +41,12 @@ class Checkpoints:
 
     def __init__(self, root: Path, *, config: RunConfig, context: ParallelContext, data_sha256: str) -> None:
         self.root, self.config, self.context, self.data_sha256 = root, config, context, data_sha256
+
+    @property
+    def data_key(self) -> str:
+        """Eight digits for the data, the budget and the seed: positions of the sampler mean something under this key only."""
+        facts = {name: value for name, value in self._same_in_a_run().items() if name in DECIDES_SAMPLES}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def save(self, trainee: Trainee, *, guard: Guard) -> dict[str, Any]:
         """Write a checkpoint and prune old ones; returns the event. All ranks call it together."""
@@ -60,14 +71,23 @@ class Checkpoints:
         if choice[0] is None:
             return None
         folder, facts = Path(choice[0][0]), choice[0][1]
-        self._refuse_other_run(facts["state"], folder)
+        changed = self._changed_data(facts["state"], folder)
         self._load(trainee, folder, facts)
         if "guard" in facts["state"]:
             guard.restore(facts["state"]["guard"])
+        data = self._begin_elsewhere(trainee, guard, changed) if changed else {}
         init = self.config.init
         given = "weights" if init.weights else "run" if init.run else None
         ignored = f"; --init.{given} is ignored" if given else ""
-        return {"event": "restart", "from": folder.name, "step": trainee.step, "note": f"resumed{ignored}"}
+        return {"event": "restart", "from": folder.name, "step": trainee.step, "note": f"resumed{ignored}", **data}
+
+    def _begin_elsewhere(self, trainee: Trainee, guard: Guard, changed: list[str]) -> dict[str, Any]:
+        """Move the sampler of a run whose data have changed; what the event says of it."""
+        at = trainee.sampler
+        next_epoch = at.epoch + (at.consumed > 0)
+        trainee.sampler = SamplerState(epoch=next_epoch if self.config.resume_data == "epoch" else 0)
+        guard.left_out.clear()  # positions in data that are no more
+        return {"data": f"epoch {trainee.sampler.epoch} begins, for {' and '.join(changed)}"}
 
     def _load(self, trainee: Trainee, folder: Path, facts: dict[str, Any]) -> None:
         ensure_adam_state(trainee.optimizer, step=facts["step"])
@@ -103,23 +123,35 @@ class Checkpoints:
         config = self.config
         return {
             "model": to_dict(config.model),
+            "dtype": config.precision.dtype,
             "seed": config.train.seed,
             "global_tokens": config.data.global_tokens,
-            "dtype": config.precision.dtype,
             "data_sha256": self.data_sha256,
         }
 
-    def _refuse_other_run(self, state: dict[str, Any], folder: Path) -> None:
+    def _changed_data(self, state: dict[str, Any], folder: Path) -> list[str]:
+        """What decides which samples come, and is another than in the checkpoint; empty when the run goes on exactly.
+
+        Raises:
+            UserError: the checkpoint is of another model or format, or of other data and the run does not say how to go on.
+        """
+        changed = []
         for name, value in self._same_in_a_run().items():
-            if state[name] != value:
-                was, now = _first_difference(state[name], value)
+            if state[name] == value:
+                continue
+            was, now = _first_difference(state[name], value)
+            moves = name in DECIDES_SAMPLES
+            if not moves or self.config.resume_data == "exact":
+                choice = "--resume_data epoch (or restart) to go on with the new data, " if moves else ""
                 raise UserError(
                     f"checkpoint {folder} has another {name} ({was}) than this run ({now}); "
-                    f"use the same settings, or a new --run_dir with --init.weights {folder}"
+                    f"use the same settings, {choice}or a new --run_dir with --init.weights {folder}"
                 )
+            changed.append(f"another {name}")
         if (state["ema_decay"] > 0) != (self.config.optimizer.ema_decay > 0):
             has = "has" if state["ema_decay"] > 0 else "lacks"
             raise UserError(f"checkpoint {folder} {has} an EMA; keep optimizer.ema_decay as it was")
+        return changed
 
 
 def _first_difference(was: Any, now: Any) -> tuple[str, str]:

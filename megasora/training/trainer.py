@@ -76,7 +76,7 @@ class Trainer:
         self.encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))
         self.trainee = build_trainee(config, context=context)
         self.guard = Guard(config.guard)
-        self._left_out_file = run_dir / "recovery" / "left_out.jsonl"
+        self._left_out_file = run_dir / "recovery" / f"left_out_{self.checkpoints.data_key}.jsonl"
         self._applied: SamplerState | None = None
         """Position of the last step that changed the weights."""
         resumed = self.checkpoints.resume(self.trainee, guard=self.guard)

@@ -25,7 +25,7 @@ def tiny_run(run_dir: Path, *, steps: int, parallel: ParallelConfig, **changes: 
         device="cpu",
         parallel=parallel,
         model=replace(config.model, num_double_blocks=2, num_single_blocks=2, hidden_size=64, ffn_hidden_size=256, axes_dim=(2, 2, 4)),
-        data=replace(config.data, global_tokens=300, **changes.pop("data", {})),
+        data=replace(config.data, **{"global_tokens": 300, **changes.pop("data", {})}),
         train=replace(config.train, steps=steps, tensorboard=False),
         evaluation=replace(config.evaluation, interval_steps=0),
         checkpoint=replace(config.checkpoint, interval_steps=changes.pop("interval_steps", 0)),

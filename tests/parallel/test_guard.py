@@ -76,13 +76,14 @@ def events_of(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 
 def left_out(run_dir: Path) -> list[LeftOut]:
-    return read_left_out(run_dir / "recovery" / "left_out.jsonl")
+    return [entry for file in (run_dir / "recovery").glob("left_out_*.jsonl") for entry in read_left_out(file)]
 
 
 def same_without_them(pool: RankPool, run_dir: Path, assets: Path) -> None:
     """The run equals, to the bit, one that was told from the start to pass over what this one left out."""
     never = run_of(run_dir.parent / "never", assets=assets)
-    append_left_out(Path(str(never.run_dir)) / "recovery" / "left_out.jsonl", left_out(run_dir))
+    (file,) = (run_dir / "recovery").glob("left_out_*.jsonl")
+    append_left_out(Path(str(never.run_dir)) / "recovery" / file.name, left_out(run_dir))
     pool.run(1, train_on_rank, never)
     assert curve(run_dir) == curve(Path(str(never.run_dir)))
     one, other = (open_source(store.step_folder(Path(folder) / "checkpoints", STEPS), select="ema") for folder in (run_dir, never.run_dir))
