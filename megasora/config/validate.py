@@ -311,6 +311,7 @@ def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:
         ("optimizer.clip_grad", optimizer.clip_grad, optimizer.clip_grad >= 0, "0 or positive"),
         ("train.steps", config.train.steps, config.train.steps > 0, "positive"),
         ("checkpoint.interval_steps", config.checkpoint.interval_steps, config.checkpoint.interval_steps >= 0, "0 or positive"),
+        ("data.quarantine_after", config.data.quarantine_after, config.data.quarantine_after >= 0, "0 or positive"),
         ("guard.window", config.guard.window, config.guard.window >= 4, "at least 4"),
         ("guard.loss_deviations", config.guard.loss_deviations, config.guard.loss_deviations >= 0, "0 or positive"),
         ("guard.norm_factor", config.guard.norm_factor, config.guard.norm_factor == 0 or config.guard.norm_factor > 1, "0 or above 1"),

@@ -11,10 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megasora.data.decoding.contract import DECODE_TIMEOUT_S, BatchDecoder, Decoded, DecodeError, Decoder, DecodeRequest, normalise
+from megasora.data.quarantine import Quarantine
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class ClipLoader:
         ahead: steps decoded before they are asked for.
         timeout_s: longest time one clip may take.
         give: `float` clips are fp32 in [-1, 1]; `pixels` are uint8, a quarter of the memory, for `decode.normalise` on the device.
+        quarantine: clips that are not to be tried; it is told of failures.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ClipLoader:
         ahead: int,
         timeout_s: float = DECODE_TIMEOUT_S,
         give: Literal["float", "pixels"] = "float",
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._steps = steps
         self._decoder = decoder
@@ -79,6 +83,7 @@ class ClipLoader:
         self._ahead = max(1, ahead)
         self._timeout_s = timeout_s
         self._give = give
+        self._quarantine = quarantine
         self._queue: deque[list[_Task]] = deque()
         self._changed = threading.Condition()
         """Guards what follows, and the results of tasks."""
@@ -109,17 +114,23 @@ class ClipLoader:
             self._closed = True
             self._waiting.clear()
             self._changed.notify_all()
+        if self._quarantine is not None:
+            self._quarantine.close()
 
     def _fill(self) -> None:
         while len(self._queue) < self._ahead:
             requests = next(self._steps, None)
             if requests is None:
                 return
-            tasks = [_Task(request) for request in requests]
+            tasks = [_Task(request, result=self._refusal(request)) for request in requests]
             self._queue.append(tasks)
             with self._changed:
-                self._waiting.extend(tasks)
+                self._waiting.extend(task for task in tasks if task.result is None)
                 self._changed.notify_all()
+
+    def _refusal(self, request: DecodeRequest) -> DecodeError | None:
+        reason = self._quarantine.reason(request.clip_id) if self._quarantine is not None else None
+        return None if reason is None else DecodeError(f"{request.path}: {reason}")
 
     def _loaded(self, tasks: Sequence[_Task]) -> LoadedStep:
         started = time.perf_counter()
@@ -149,9 +160,17 @@ class ClipLoader:
             return False
         results = self._decode([task.request for task in work.tasks])
         with self._changed:
-            if not work.given_up:  # else another thread stands in for this one
-                self._finish(work, results)
-            return not work.given_up
+            if work.given_up:  # another thread stands in for this one
+                return False
+            self._finish(work, results)
+        self._report(work.tasks, results)
+        return True
+
+    def _report(self, tasks: Sequence[_Task], results: Sequence[Decoded]) -> None:
+        if self._quarantine is not None:
+            for task, result in zip(tasks, results, strict=True):
+                if isinstance(result, DecodeError):
+                    self._quarantine.failed(task.request.clip_id, str(result))
 
     def _take(self) -> _Work | None:
         """The next tasks, as many as the decoder works on together; None when the loader is closed."""
@@ -172,6 +191,11 @@ class ClipLoader:
         self._changed.notify_all()
 
     def _decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+        noted = self._quarantine.decoding([request.clip_id for request in requests]) if self._quarantine is not None else nullcontext()
+        with noted:
+            return self._decode_noted(requests)
+
+    def _decode_noted(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
         try:
             if self._batches is None:
                 return [self._decoder.decode(request) if self._give == "float" else self._decoder.pixels(request) for request in requests]
@@ -206,7 +230,9 @@ class ClipLoader:
         for work in [work for work in self._running if time.perf_counter() - work.started > self._limit(work)]:
             work.given_up = True
             paths = [task.request.path for task in work.tasks]
-            self._finish(work, [DecodeError(f"{path}: decoding took longer than {self._timeout_s:g} s") for path in paths])
+            late: list[Decoded] = [DecodeError(f"{path}: decoding took longer than {self._timeout_s:g} s") for path in paths]
+            self._report(work.tasks, late)
+            self._finish(work, late)
             self._stuck_threads += 1
             self._start_thread()
             if self._stuck_threads == 1:

@@ -246,6 +246,7 @@ def request_of(clip: PlannedClip, *, offset: int = 0) -> DecodeRequest:
         height=clip.height,
         width=clip.width,
         crop=clip.clip.crop,
+        clip_id=clip.clip.id,
     )
 
 

@@ -25,6 +25,7 @@ from megasora.config.schema import RunConfig
 from megasora.data.cache.reading import Cache
 from megasora.data.decoding.contract import Decoder
 from megasora.data.plan import PlannedClip, SamplerState, StepPlan, Taken, assign_packs, mix_of, next_step, sample_cost, start_of
+from megasora.data.quarantine import Quarantine
 from megasora.diffusion.conditions import GivenFrames, condition_latent, draw_kind, given_frames
 from megasora.diffusion.flow import shift_of, training_time
 from megasora.diffusion.patchify import patchify
@@ -113,6 +114,7 @@ class Feeder:
         last_step: where to stop.
         dtype: activations of the model.
         left_out: positions of the sampler whose step is passed over.
+        quarantine: clips that are not decoded.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Feeder:
         dtype: torch.dtype,
         cache: Cache | None = None,
         left_out: Collection[SamplerState] = (),
+        quarantine: Quarantine | None = None,
     ) -> None:
         assert (cache is None) == (config.data.cache is None), (
             "a run with data.cache opens it (prerequisites.open_training_cache) and passes it"
@@ -147,6 +150,7 @@ class Feeder:
             decoder=decoder,
             cache=cache,
             device=context.device,
+            quarantine=quarantine,
         )
 
         ahead = context.device.type == "cuda" if config.data.encode_ahead is None else config.data.encode_ahead

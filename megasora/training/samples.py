@@ -24,6 +24,7 @@ from megasora.data.cache.shards import BadSampleError, tensors_in
 from megasora.data.decoding.contract import Decoded, DecodeError, Decoder, normalise
 from megasora.data.loader import ClipLoader, LoadedStep
 from megasora.data.plan import PlannedClip, Taken, request_of
+from megasora.data.quarantine import Quarantine
 from megasora.models.encoders.bundle import Encoders
 from megasora.parallel.transfer import send
 from megasora.training.material import DecodedClip, LatentMaterial, Material, StoredClip
@@ -56,6 +57,7 @@ class SampleSource:
         decoder: the run's decoder.
         cache: the opened cache of data.cache.
         device: where encoders run and samples are wanted.
+        quarantine: clips that are not decoded.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class SampleSource:
         decoder: Decoder,
         cache: Cache | None,
         device: torch.device,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.clips, self.encoders, self.device = clips, encoders, device
         self._text_tokens = config.data.text_tokens
@@ -88,6 +91,7 @@ class SampleSource:
                 ahead=data.prefetch_steps,
                 timeout_s=data.decode_timeout_s,
                 give="pixels",  # a quarter of the memory in the queue and on the way to the device
+                quarantine=quarantine,
             )
         self._read: CacheLoader | None = None
         if cache is not None:

@@ -18,6 +18,7 @@ from megasora.data.decoding.choice import open_decoder
 from megasora.data.decoding.contract import Decoder
 from megasora.data.manifest import read_manifest
 from megasora.data.plan import SamplerState, plan_clips
+from megasora.data.quarantine import Quarantine, read_failures
 from megasora.models.encoders.bundle import load_encoders
 from megasora.models.mmdit.initialization import initialize_weights
 from megasora.models.mmdit.weights import fill_parameters
@@ -77,6 +78,7 @@ class Trainer:
         self.trainee = build_trainee(config, context=context)
         self.guard = Guard(config.guard)
         self._left_out_file = run_dir / "recovery" / f"left_out_{self.checkpoints.data_key}.jsonl"
+        self._quarantine = self._open_quarantine(run_dir / "recovery" / "clips")
         self._applied: SamplerState | None = None
         """Position of the last step that changed the weights."""
         resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
@@ -236,7 +238,14 @@ class Trainer:
             last_step=self.config.train.steps,
             dtype=self._dtype,
             left_out=self.guard.left_out,
+            quarantine=self._quarantine,
         )
+
+    def _open_quarantine(self, folder: Path) -> Quarantine:
+        """Rank 0 reads the failures of earlier processes for all."""
+        known = [read_failures(folder) if self.context.rank == 0 else None]
+        dist.broadcast_object_list(known, src=0)
+        return Quarantine(folder, rank=self.context.rank, known=known[0] or {}, limit=self.config.data.quarantine_after)
 
     def _evaluator(self) -> Evaluator | None:
         config = self.config

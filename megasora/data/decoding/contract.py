@@ -7,7 +7,7 @@ per pixel, so one run uses one decoder unless `mixed` is asked for; what decoded
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -41,6 +41,8 @@ class DecodeRequest:
     """(x, y, width, height) in pixels as stored, cut first; then turn upright, resize to cover and cut the centre."""
     span: int | None = None
     """Frames of the file over which the clip's are spread evenly, first and last included; None takes start, start + stride, ..."""
+    clip_id: str = field(default="", compare=False)
+    """Whose frames they are; a file may hold several clips."""
 
     @property
     def frames(self) -> NDArray[np.int64]:
