@@ -122,8 +122,8 @@ class RankPool:
         self._folder = tempfile.TemporaryDirectory(prefix="megasora-pool-")
         self._jobs = 0
         self._pipes: list[Connection] = []
-        self._ranks: list[int] = []
-        """Process numbers of the ranks that were started."""
+        self._ranks: dict[int, int] = {}
+        """Process numbers of the ranks that are there."""
         self._seed: Any = None
 
     def _start(self, world_size: int) -> None:
@@ -137,9 +137,18 @@ class RankPool:
             for pipe in theirs:
                 pipe.close()
             self._orders, *self._pipes = ours
-        for rank in range(len(self._ranks), world_size):
-            self._orders.send(rank)
-            self._ranks.append(self._pipes[rank].recv())
+        for rank in range(world_size):
+            if rank not in self._ranks:
+                self._orders.send(rank)
+                self._ranks[rank] = self._pipes[rank].recv()
+
+    def _send(self, world_size: int, function: Callable[..., Any], args: tuple[object, ...]) -> None:
+        assert world_size <= self.size, f"the pool has at most {self.size} ranks"
+        self._start(world_size)
+        self._jobs += 1
+        store = os.path.join(self._folder.name, f"store{self._jobs}")
+        for pipe in self._pipes[:world_size]:
+            pipe.send((function.__module__, function.__qualname__, store, world_size, args))
 
     def run(self, world_size: int, function: Callable[..., Any], *args: object) -> list[Any]:
         """Results of `function(rank, *args)` on each rank.
@@ -147,12 +156,7 @@ class RankPool:
         Raises:
             RankFailedError: a rank raised or did not answer in time; the pool cannot be used afterwards if others hang.
         """
-        assert world_size <= self.size, f"the pool has at most {self.size} ranks"
-        self._start(world_size)
-        self._jobs += 1
-        store = os.path.join(self._folder.name, f"store{self._jobs}")
-        for pipe in self._pipes[:world_size]:
-            pipe.send((function.__module__, function.__qualname__, store, world_size, args))
+        self._send(world_size, function, args)
         results: list[Any] = []
         failures: list[str] = []
         for rank, pipe in enumerate(self._pipes[:world_size]):
@@ -168,16 +172,41 @@ class RankPool:
             raise RankFailedError("\n".join(failures))
         return results
 
+    def run_and_kill(self, world_size: int, function: Callable[..., Any], *args: object, victim: int, when: Callable[[], bool]) -> bool:
+        """Start `function` as `run` does, send SIGKILL to one rank once `when()` holds, and soon after to the others, as a launcher does.
+
+        Returns:
+            Whether the job was still running; False when it had ended before.
+        """
+        self._send(world_size, function, args)
+        pipes = self._pipes[:world_size]
+        deadline = time.monotonic() + self.timeout_s
+        while not when() and not all(pipe.poll() for pipe in pipes) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        ended = all(pipe.poll() for pipe in pipes)
+        os.kill(self._ranks[victim], signal.SIGKILL)
+        time.sleep(0.1)
+        for rank in range(world_size):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._ranks[rank], signal.SIGKILL)
+        for rank, pipe in enumerate(pipes):
+            pid = self._ranks.pop(rank)
+            while os.path.exists(f"/proc/{pid}"):
+                time.sleep(0.002)
+            while pipe.poll():
+                pipe.recv()
+        return not ended
+
     def close(self) -> None:
         """End the ranks."""
         if self._seed is not None:
-            for pipe in self._pipes[: len(self._ranks)]:
+            for pipe in (self._pipes[rank] for rank in self._ranks):
                 with contextlib.suppress(OSError):
                     pipe.send(None)
             self._orders.send(None)
             self._seed.join(5)
             deadline = time.monotonic() + 5
-            while (alive := [pid for pid in self._ranks if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
+            while (alive := [pid for pid in self._ranks.values() if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
                 time.sleep(0.02)
             for pid in alive:
                 with contextlib.suppress(ProcessLookupError):
