@@ -5,7 +5,8 @@ What they rely on was seen on Slurm 22.05 (tests/slurm runs them there):
   get a SIGTERM, and srun then kills the ranks at once. So saving is the ranks' business, and what comes next is read from what they left.
 - A script that ends by itself in the grace time of its preemption is COMPLETED and never started again: it must requeue itself.
 - A failed node: Slurm requeues the job itself and ends the script; nothing here has to notice.
-- SLURM_RESTART_COUNT is not set the first time. srun does not take --cpus-per-task from sbatch (since 22.05).
+- SLURM_RESTART_COUNT is not set the first time. srun does not take --cpus-per-task from sbatch (since 22.05). SLURM_NTASKS is that of the
+  submission, also where the number of nodes was changed since; and without --ntasks-per-node srun fills one node after the other.
 """
 
 PREPARE = r"""
@@ -57,7 +58,8 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 SRUN = r"""
 # Signals are ignored until megasora handles them, some seconds after its start: they would end a rank that still imports.
-srun --ntasks-per-node="$ranks_per_node" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * ranks_per_node)) --ntasks-per-node="$ranks_per_node" \
+    --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
     bash -c 'trap "" USR1 TERM; exec megasora train "$@"' megasora "$recipe" "${flags[@]}" "$@" &
 launcher=$!
 """.strip()
@@ -67,7 +69,8 @@ TORCHRUN = r"""
 # ranks' business: torchrun would end them after 30 s, so it must not notice, nor may a rank that still imports.
 : "${MAX_ELASTIC_RESTARTS:=3}"
 export ranks_per_node MAX_ELASTIC_RESTARTS
-srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
     bash -c 'trap "" USR1 TERM; exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks_per_node" \
         --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
         --max-restarts="$MAX_ELASTIC_RESTARTS" --signals-to-handle=SIGINT -m megasora train "$@"' \
