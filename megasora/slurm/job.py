@@ -26,6 +26,8 @@ class SlurmJob:
     """The settings to train with."""
     flags: tuple[str, ...]
     """How they differ from the recipe's."""
+    command: str
+    """The command that writes this file."""
     nodes: int
     gpus_per_node: int = 8
     """Ranks on a node; without GPUs where the settings say device cpu."""

@@ -35,8 +35,9 @@ def _about(job: SlurmJob) -> str:
     size = f"{job.nodes} node{'s' if job.nodes > 1 else ''} of {job.gpus_per_node} {'GPUs' if job.on_gpus else 'CPU ranks'}"
     lines = [
         "#!/bin/bash",
-        f"# {job.recipe} on {size}; written by megasora slurm render.",
+        f"# {job.config.recipe} on {size}. This file was written by, and is submitted by",
         "#",
+        f"#   {job.command}",
         f"#   {_example(job)}",
         "#",
         "# Submit it in the environment that megasora is installed in; arguments after the file's name go to megasora train. It trains to",
@@ -45,23 +46,21 @@ def _about(job: SlurmJob) -> str:
         "# same sbatch goes on.",
     ]
     if job.preemptible:
-        lines.append(
-            "# Made for nodes that other jobs may take: checkpoints are near each other, and a preemption uses up no patience with crashes."
-        )
+        lines.append("# Made for nodes that other jobs may take: checkpoints are close together, and restarts are not rationed.")
     return "\n".join(lines)
 
 
 def _example(job: SlurmJob) -> str:
+    init = job.config.init
     given = {
-        "MANIFEST=clips.parquet": job.config.data.manifest is None and job.recipe != "tiny",
-        "RUN=runs/of_the_stage_before": job.config.init.run is None and job.config.init.weights is None and "_stage1" not in job.recipe,
-        "WEIGHTS=start": job.config.init.weights is None and job.config.init.run is None and "_stage1" in job.recipe,
-        "ENCODERS=weights": job.encoders is None and job.recipe != "tiny",
+        "MANIFEST=clips.parquet": job.config.data.manifest is None,
+        "WEIGHTS=start": init.weights is None and init.run is None and init.follows in (None, "opensora2_image"),
+        "RUN=runs/BEFORE": init.weights is None and init.run is None and init.follows not in (None, "opensora2_image"),
+        "ENCODERS=weights": job.encoders is None,
     }
-    words = [word for word, wanted in given.items() if wanted and job.recipe != "tiny"]
-    account = [] if job.account else ["--account=ACCOUNT"]
-    partition = [] if job.partition else ["--partition=PARTITION"]
-    return " ".join([*words, "sbatch", *account, *partition, "FILE", "[--train.steps 1000 ...]"])
+    words = [word for word, wanted in given.items() if wanted and job.config.recipe != "tiny"]
+    options = [f"--{name}={name.upper()}" for name in ("account", "partition") if getattr(job, name) is None]
+    return " ".join([*words, "sbatch", *options, "FILE", "[--train.steps 1000 ...]"])
 
 
 def _options(job: SlurmJob) -> str:
@@ -100,12 +99,12 @@ def _variables(job: SlurmJob) -> str:
         "# each may be given in the environment of sbatch instead",
         _default("RUN_DIR", run_dir) + "    # on a file system that all nodes see",
         *(f"{_default(name, value or '')}    # {_ABOUT[name]}" for name, value in sources.items()),
-        f': "${{MAX_RESTARTS:={job.restarts_allowed}}}"    # restarts of any cause, after which a crash is left to a person',
-        f': "${{MAX_CRASHES:={MAX_CRASHES}}}"    # so are this many crashes in a row that came no step further than ever before',
+        f"{_default('MAX_RESTARTS', str(job.restarts_allowed))}    # restarts of any cause, after which a crash is left to a person",
+        f"{_default('MAX_CRASHES', str(MAX_CRASHES))}    # so are this many crashes in a row that came no step further than ever before",
         f"recipe={shlex.quote(job.recipe)} ranks_per_node={job.gpus_per_node}",
         f"flags=({_array(job.flags)})" if job.flags else "flags=()",
     ]
-    if job.recipe != "tiny":
+    if config.recipe != "tiny":
         lines.append(': "${MANIFEST:?the table of clips that megasora data filter wrote}"')
     return "\n".join(lines)
 
@@ -119,10 +118,10 @@ _ABOUT = {
 
 
 def _default(name: str, value: str) -> str:
-    """`: "${NAME:=value}"`; of the value, only a $PWD at its start is the shell's."""
-    kept = value.removeprefix("$PWD")
-    escaped = "".join(f"\\{letter}" if letter in '\\"$`}' else letter for letter in kept)
-    return f': "${{{name}:={"$PWD" if value.startswith("$PWD") else ""}{escaped}}}"'
+    """NAME=${NAME:-value}; of the value, only a $PWD at its start is the shell's."""
+    start = "$PWD" if value.startswith("$PWD") else ""
+    rest = value.removeprefix(start)
+    return f"{name}=${{{name}:-{start}{shlex.quote(rest) if rest else ''}}}"
 
 
 def _array(words: tuple[str, ...]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 import sys
@@ -53,7 +52,6 @@ def jobs(cluster: Cluster, straight: Path, tmp_path: Path) -> Iterator[Jobs]:
         "MASTER_ADDR": "127.0.0.1",  # n1 is no name of the machine
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     }
     made = Jobs(cluster, folder=tmp_path, straight=straight, variables=variables)
     yield made

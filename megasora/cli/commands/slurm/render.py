@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def _job(args: Args) -> SlurmJob:
         recipe=str(Path(args.source).absolute()) if args.source.endswith((".yaml", ".yml")) else args.source,
         config=config,
         flags=tuple(changed_flags(base, config, without=GIVEN)),
+        command=_command(args, base),
         nodes=args.nodes,
         gpus_per_node=args.gpus_per_node,
         cpus_per_gpu=args.cpus_per_gpu,
@@ -103,6 +105,17 @@ def _job(args: Args) -> SlurmJob:
         options=args.options,
         setup=args.setup,
     )
+
+
+def _command(args: Args, base: RunConfig) -> str:
+    """The command itself, without where to write."""
+    words = ["megasora", "slurm", "render", args.source]
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in ("source", "config", "output", "json") or value == field.default:
+            continue
+        words += [f"--{field.name}", *([] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join([*words, *changed_flags(base, args.config)])
 
 
 def _with_sources(args: Args) -> RunConfig:
