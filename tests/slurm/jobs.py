@@ -25,7 +25,7 @@ SETTINGS = shlex.split(
 )
 CURVE = 1e-4
 """Relative; layouts add up in another order."""
-PATIENCE_S = 150
+PATIENCE_S = 240
 """A machine with other work may be many times slower than the 20 seconds that things take."""
 
 
