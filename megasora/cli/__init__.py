@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megasora.cli.endings import end_world, leave, rank
+from megasora.cli.endings import end_world, leave, note_mistake, rank
 from megasora.cli.parsing import parse
 from megasora.config.errors import UserError
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         leave(128 + signal.SIGPIPE)
     except UserError as error:
+        note_mistake(str(error))
         if rank() == 0:
             print(f"megasora: error: {error}", file=sys.stderr, flush=True)
         leave(2)

@@ -36,6 +36,17 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
+def note_mistake(text: str) -> None:
+    """Append a user's mistake to the file that MEGASORA_MISTAKE_FILE names, if it does.
+
+    A job file must know it from a crash, and the exit code 2 of one rank drowns in the codes of those that are ended with it.
+    """
+    name = os.environ.get("MEGASORA_MISTAKE_FILE")
+    if name:
+        with contextlib.suppress(OSError), open(name, "a") as file:
+            file.write(f"rank {rank()}: {text}\n")
+
+
 @contextlib.contextmanager
 def end_world() -> Iterator[None]:
     """Leave the process groups that what runs inside has started, unless it fails: then other ranks may still wait in one."""

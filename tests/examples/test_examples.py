@@ -16,7 +16,7 @@ from megasora.curation.planted import scene, write_clip
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROOT = EXAMPLES.parent
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("slurm/*.sbatch")])
+SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("slurm/*.sbatch"), *EXAMPLES.glob("slurm/*.sh")])
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from megasora import cli
 from megasora.cli.endings import end_world
 
 
@@ -45,3 +47,12 @@ def test_a_failed_command_does_not_wait_for_other_ranks() -> None:
         fails()
     assert dist.is_initialized()
     dist.destroy_process_group()
+
+
+def test_a_mistake_is_noted_for_the_job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGASORA_MISTAKE_FILE", str(tmp_path / "mistake"))
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["show", "tinyy"])
+    assert end.value.code == 2
+    assert (tmp_path / "mistake").read_text() == "rank 3: no recipe called 'tinyy': did you mean tiny?\n"

@@ -1,0 +1,1 @@
+"""Job files for a Slurm cluster."""

@@ -1,0 +1,142 @@
+"""The text of a training job's sbatch file, from its top to `exit`.
+
+Everything that depends on the job stands in the #SBATCH lines and in a few variables after them; the rest is the same in every file
+(`shell.py`), so that one set of tests on a real Slurm holds for all.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from megasora.slurm import shell
+from megasora.slurm.job import MAX_CRASHES, SlurmJob
+
+GIVEN = frozenset({"run_dir", "data.manifest", "init.weights", "init.run"})
+"""Settings that a file takes from variables, so that they can be given at submission."""
+
+
+def render(job: SlurmJob) -> str:
+    """The whole file."""
+    parts = (
+        _about(job),
+        _options(job),
+        _variables(job),
+        shell.PREPARE,
+        shell.RENDEZVOUS,
+        _setup(job),
+        _launch(job),
+        shell.WAIT,
+        shell.VERDICT,
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _about(job: SlurmJob) -> str:
+    size = f"{job.nodes} node{'s' if job.nodes > 1 else ''} of {job.gpus_per_node} {'GPUs' if job.on_gpus else 'CPU ranks'}"
+    lines = [
+        "#!/bin/bash",
+        f"# {job.config.recipe} on {size}. This file was written by, and is submitted by",
+        "#",
+        f"#   {job.command}",
+        f"#   {_example(job)}",
+        "#",
+        "# Submit it in the environment that megasora is installed in; arguments after the file's name go to megasora train. It trains to",
+        "# the last step: before the time limit, after preemption, a failed node or a crash it is requeued and goes on from its newest",
+        "# complete checkpoint. A mistake in settings or files ends it at once, with its cure in the log. scancel ends it for good; the",
+        "# same sbatch goes on.",
+    ]
+    if job.preemptible:
+        lines.append("# Made for nodes that other jobs may take: checkpoints are close together, and restarts are not rationed.")
+    return "\n".join(lines)
+
+
+def _example(job: SlurmJob) -> str:
+    init = job.config.init
+    given = {
+        "MANIFEST=clips.parquet": job.config.data.manifest is None,
+        "WEIGHTS=start": init.weights is None and init.run is None and init.follows in (None, "opensora2_image"),
+        "RUN=runs/BEFORE": init.weights is None and init.run is None and init.follows not in (None, "opensora2_image"),
+        "ENCODERS=weights": job.encoders is None,
+    }
+    words = [word for word, wanted in given.items() if wanted and job.config.recipe != "tiny"]
+    options = [f"--{name}={name.upper()}" for name in ("account", "partition") if getattr(job, name) is None]
+    return " ".join([*words, "sbatch", *options, "FILE", "[--train.steps 1000 ...]"])
+
+
+def _options(job: SlurmJob) -> str:
+    ranks = job.gpus_per_node if job.launcher == "srun" else 1
+    known = {"account": job.account, "partition": job.partition}
+    options = [
+        f"job-name={job.config.recipe.replace('_', '-')}",
+        f"nodes={job.nodes}",
+        f"ntasks-per-node={ranks}",
+        *([f"gpus-per-node={job.gpus_per_node}"] if job.on_gpus else []),
+        f"cpus-per-task={job.cpus_per_gpu * job.gpus_per_node // ranks}",
+        *(["mem=0"] if job.on_gpus else []),
+        f"time={job.time}",
+        f"signal=USR1@{job.warn_s}",
+        "requeue",
+        "open-mode=append",
+        "output=%x-%j.log",
+        *job.options,
+    ]
+    unknown = [f"##SBATCH --{name}={name.upper()}" for name, value in known.items() if value is None]
+    return "\n".join(
+        [
+            *(f"#SBATCH --{name}={value}" for name, value in known.items() if value is not None),
+            *([*unknown, "# (or sbatch --account --partition, or SBATCH_ACCOUNT and SBATCH_PARTITION)"] if unknown else []),
+            *(f"#SBATCH --{option}" for option in options),
+        ]
+    )
+
+
+def _variables(job: SlurmJob) -> str:
+    config = job.config
+    sources = {"MANIFEST": config.data.manifest, "WEIGHTS": config.init.weights, "RUN": config.init.run, "ENCODERS": job.encoders}
+    run_dir = config.run_dir or f"$PWD/runs/{config.recipe.removeprefix('opensora2_')}"
+    lines = [
+        "set -uo pipefail",
+        "# each may be given in the environment of sbatch instead",
+        _default("RUN_DIR", run_dir) + "    # on a file system that all nodes see",
+        *(f"{_default(name, value or '')}    # {_ABOUT[name]}" for name, value in sources.items()),
+        f"{_default('MAX_RESTARTS', str(job.restarts_allowed))}    # restarts of any cause, after which a crash is left to a person",
+        f"{_default('MAX_CRASHES', str(MAX_CRASHES))}    # so are this many crashes in a row that came no step further than ever before",
+        f"recipe={shlex.quote(job.recipe)} ranks_per_node={job.gpus_per_node}",
+        f"flags=({_array(job.flags)})" if job.flags else "flags=()",
+    ]
+    if config.recipe != "tiny":
+        lines.append(': "${MANIFEST:?the table of clips that megasora data filter wrote}"')
+    return "\n".join(lines)
+
+
+_ABOUT = {
+    "MANIFEST": "clips.parquet that megasora data filter wrote",
+    "WEIGHTS": "weights of any format to start from",
+    "RUN": "or the run of the stage before",
+    "ENCODERS": "folder with hunyuan-vae, t5-v1_1-xxl and clip-vit-large-patch14 in their published formats",
+}
+
+
+def _default(name: str, value: str) -> str:
+    """NAME=${NAME:-value}; of the value, only a $PWD at its start is the shell's."""
+    start = "$PWD" if value.startswith("$PWD") else ""
+    rest = value.removeprefix(start)
+    return f"{name}=${{{name}:-{start}{shlex.quote(rest) if rest else ''}}}"
+
+
+def _array(words: tuple[str, ...]) -> str:
+    """Words for a shell's array, a flag with its values on a line where there are several."""
+    lines: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not lines:
+            lines.append([])
+        lines[-1].append(shlex.quote(word))
+    return " ".join(lines[0]) if len(lines) == 1 else "\n    " + "\n    ".join(map(" ".join, lines)) + "\n"
+
+
+def _setup(job: SlurmJob) -> str:
+    return "\n".join(job.setup)
+
+
+def _launch(job: SlurmJob) -> str:
+    return shell.SRUN if job.launcher == "srun" else shell.TORCHRUN
