@@ -177,8 +177,12 @@ class Lease:
             if reason is not None:
                 raise UserError(reason)
             lease = cls(root, incarnation=_claim(root, before, own), token=own, beat_s=beat_s)
+        except OSError as error:
+            raise UserError(f"{root} cannot take checkpoints: {error.strerror}; mend it or choose another --run_dir") from error
+        try:
             lease._sweep()
         except OSError as error:
+            lease.check()  # a faster run has swept this one
             raise UserError(f"{root} cannot take checkpoints: {error.strerror}; mend it or choose another --run_dir") from error
         lease._thread.start()
         return lease
