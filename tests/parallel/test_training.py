@@ -136,17 +136,26 @@ def test_a_clip_that_fails_in_the_middle_costs_one_sample(pool: RankPool, straig
         assert record["loss"] is not None
 
 
-def test_an_unfinished_checkpoint_is_passed_over(pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("damage", "said"), [("torn", "4 bytes, its manifest says"), ("one bit", "another SHA-256")])
+def test_a_damaged_checkpoint_is_passed_over(pool: RankPool, tmp_path: Path, damage: str, said: str) -> None:
     run_dir = tmp_path / "run"
     config = tiny_run(run_dir, steps=2, parallel=layout(), interval_steps=1)
     pool.run(1, train_on_rank, config)
     last = store.step_folder(run_dir / "checkpoints", 2)
-    next(last.glob("*.distcp")).write_bytes(b"torn")
-    assert [entry.step for entry in store.complete_checkpoints(run_dir / "checkpoints")] == [1]
+    file = next(last.glob("*.distcp"))
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(b"torn" if damage == "torn" else whole)
     pool.run(1, train_on_rank, config)
     records = metrics(run_dir)
     assert [record["step"] for record in records] == [1, 2]
-    assert {"event": "restart", "from": "step_00000001", "step": 1, "note": "resumed"} in records[1]["events"]
+    (event,) = [event for event in records[1]["events"] if event["event"] == "restart"]
+    (refused,) = event.pop("refused")
+    assert event == {"event": "restart", "from": "step_00000001", "step": 1, "note": "resumed"}
+    assert refused["path"] == "step_00000002"
+    assert said in refused["reason"]
+    assert [entry.step for entry in store.complete_checkpoints(run_dir / "checkpoints")] == [1, 2]
+    assert (run_dir / "checkpoints" / "refused_step_00000002_2").is_dir()
 
 
 def test_a_checkpoint_of_another_model_is_refused(pool: RankPool, tmp_path: Path) -> None:
@@ -228,7 +237,7 @@ def test_a_warning_to_every_process_saves_and_ends(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 0, errors[-2000:]
     last = metrics(run_dir)[-1]
-    assert [event["event"] for event in last["events"]] == ["checkpoint", "stop"]
+    assert [event["event"] for event in last["events"]][-2:] == ["checkpoint", "stop"]
     assert store.complete_checkpoints(run_dir / "checkpoints")[-1].step == last["step"]
 
 
