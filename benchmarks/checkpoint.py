@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint [--rounds 5] [--hidden 1024] [--threads 2] [--folder DIR] [--json]
 
-One rank on a CPU, fp32: model, Adam's moments and moving average, 2.2 GB at the default size. In each round: a synchronous save, a few quiet
-steps, an asynchronous save, steps until it is committed. Both are the same code (checkpoint/writer.py), which copies, writes, hashes, syncs
-and commits; the synchronous one waits for it. Megatron's own synchronous save of the state, which hashes nothing, is timed for comparison.
+One rank on a CPU, fp32: model, Adam's moments and moving average, 2.2 GB at the default size. In each round: a synchronous save, a few
+quiet steps, an asynchronous save, steps until it is committed. Both are the same code (checkpoint/writer.py), which copies, writes, hashes,
+syncs and commits; the synchronous one waits for it. Megatron's own synchronous save, which hashes nothing, is timed for comparison.
 The first save, which plans and allocates, is a line of its own. Ends with one JSON line.
 """
 
