@@ -30,8 +30,6 @@ from tests.parallel import saves
 WORLD_SIZE = 2
 PLACES = ("writing", "file", "manifest", "before rename", "before tracker", "pruning", "first save", "replacing")
 """Where a rank kills itself; any other trial is killed from outside at a random instant."""
-PIECES = 39
-"""Pieces of a file in which torch.save hands over a tensor (counted with torch 2.13)."""
 IN_LAST_RANK = ("writing", "file", "first save")
 """Places where the last rank dies; elsewhere rank 0."""
 
@@ -44,9 +42,10 @@ def die() -> None:
 def plant(place: str, rank: int) -> None:
     """Let this rank die at a place, in its second save (the first for `first save`)."""
     if place in IN_LAST_RANK and rank == WORLD_SIZE - 1:
-        pieces = 3 * PIECES // 2  # in the middle of the second tensor
-        name, after = {"writing": ("_append", 3 * PIECES + pieces), "file": ("finish", 1), "first save": ("_append", pieces)}[place]
-        _die_in(rank_file.HashingFile, name, after=after)
+        if place == "file":
+            _die_in(rank_file.HashingFile, "finish", after=1)
+        else:
+            _die_in_file(1 if place == "first save" else 2)
     if rank != 0:
         return
     if place == "manifest":
@@ -58,7 +57,7 @@ def plant(place: str, rank: int) -> None:
     if place == "pruning":
         _die_in(commit, "prune", after=1)
     if place == "replacing":  # a checkpoint stands aside and its replacement has no name yet
-        _die_in(os, "rename", after=3)
+        _die_in(os, "rename", after=2)
 
 
 def _die_in(owner: Any, name: str, *, after: int) -> None:
@@ -73,6 +72,18 @@ def _die_in(owner: Any, name: str, *, after: int) -> None:
         return real(*arguments, **options)
 
     setattr(owner, name, call)
+
+
+def _die_in_file(step: int) -> None:
+    """In the middle of a step's data file."""
+    real = rank_file.HashingFile._append
+
+    def append(file: rank_file.HashingFile, part: memoryview) -> None:
+        if file.size > 2000 and f"step_{step:08d}" in str(file._file.name):
+            die()
+        real(file, part)
+
+    rank_file.HashingFile._append = append  # type: ignore[method-assign]
 
 
 def run(rank: int, root: Path, place: str) -> None:
