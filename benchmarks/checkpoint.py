@@ -1,10 +1,10 @@
 """What a checkpoint costs training: an asynchronous save against a synchronous one of the same state, and the steps beside the writer.
 
-    python -m benchmarks.checkpoint [--rounds 5] [--hidden 1024] [--threads 2] [--folder DIR] [--json]
+    python -m benchmarks.checkpoint [--rounds 5] [--hidden 1024] [--threads 2] [--folder DIR] [--megatron] [--json]
 
 One rank on a CPU, fp32: model, Adam's moments and moving average, 2.2 GB at the default size. In each round: a synchronous save, a few
 quiet steps, an asynchronous save, steps until it is committed. Both are the same code (checkpoint/writer.py), which copies, writes, hashes,
-syncs and commits; the synchronous one waits for it. Megatron's own synchronous save, which hashes nothing, is timed for comparison.
+syncs and commits; the synchronous one waits for it. `--megatron` times Megatron's own synchronous save as well, which hashes nothing.
 The first save, which plans and allocates, is a line of its own. Ends with one JSON line.
 """
 
@@ -34,6 +34,7 @@ from megasora.models.mmdit.initialization import initialize_weights
 from megasora.models.mmdit.sharded_state import model_tensors
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
+from megasora.training.guard import Guard
 from megasora.training.microbatch import TrainingSample, build_microbatch
 from megasora.training.optimizer import ensure_adam_state, refresh_masters
 from megasora.training.state import optimizer_tensors
@@ -99,8 +100,10 @@ def prepare(hidden: int) -> tuple[Callable[[], None], State, ParallelContext]:
     micro = build_microbatch(pack, [sample], sigma_min=1e-5, dtype=torch.float32, first_stage=True, last_stage=True)
     batch = step_batch([micro], tokens=TOKENS)
 
+    guard = Guard(config.guard)
+
     def step() -> None:
-        train_step(trainee, batch, config=config, context=context, stop=False)
+        train_step(trainee, batch, config=config, context=context, guard=guard, stop=False)
 
     def tensors() -> dict[str, ShardedTensor]:
         return {
@@ -126,7 +129,7 @@ def megatron_save(tensors: State, folder: Path) -> float:
     return seconds
 
 
-def measure(folder: Path, *, hidden: int, rounds: int) -> tuple[Times, float, int, int]:
+def measure(folder: Path, *, hidden: int, rounds: int, megatron: bool) -> tuple[Times, float, int, int]:
     """(times, stall of the first save, bytes of the state, bytes of the copy)."""
     step, tensors, _ = prepare(hidden)
     times = Times(synchronous=[], stalls=[], until_committed=[], quiet_steps=[], steps_beside=[], megatron=[])
@@ -154,7 +157,8 @@ def measure(folder: Path, *, hidden: int, rounds: int) -> tuple[Times, float, in
             writer.poll()
         times.until_committed.append(time.perf_counter() - started)
         times.quiet_steps += [timed(step) for _ in range(QUIET_STEPS)]
-        times.megatron.append(megatron_save(tensors, folder / "megatron"))
+        if megatron:
+            times.megatron.append(megatron_save(tensors, folder / "megatron"))
     held = writer.host_bytes
     writer.close()
     lease.release()
@@ -168,12 +172,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; the default is the temporary one")
+    parser.add_argument("--megatron", action="store_true", help="also Megatron's own synchronous save; it copies the state once more")
     parser.add_argument("--json", action="store_true", help="only the JSON line")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        times, first, num_bytes, held = measure(Path(folder), hidden=arguments.hidden, rounds=arguments.rounds)
-    spreads = {name: Spread.of(seconds) for name, seconds in asdict(times).items()}
+        times, first, num_bytes, held = measure(Path(folder), hidden=arguments.hidden, rounds=arguments.rounds, megatron=arguments.megatron)
+    spreads = {name: Spread.of(seconds) for name, seconds in asdict(times).items() if seconds}
     quiet = spreads["quiet_steps"].median
     share = spreads["stalls"].median / spreads["synchronous"].median
     slowest = spreads["steps_beside"].most / quiet

@@ -11,6 +11,7 @@ says why.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -119,7 +120,9 @@ class CheckpointWriter:
         waited_s = time.perf_counter() - started if waited else 0.0
         sources = self._planned(tensors)
         folder = self._open(step)
-        self._pending = _Pending(step=step, state=state, folder=folder or self.root, started=started, waited_s=waited_s)
+        self._pending = _Pending(
+            step=step, state=json.loads(json.dumps(dict(state))), folder=folder or self.root, started=started, waited_s=waited_s
+        )
         if folder is None:
             self._finish(self._failure)
             return
