@@ -279,6 +279,7 @@ def _claim(root: Path, before: Owner | None, own: Token) -> int:
         UserError: another run was faster.
     """
     number = (before.incarnation if before else 0) + 1
+    taken = f"{root} was taken by another run at this moment; one run at a time can have it"
     draft = root / f".draft_{own.host}_{own.pid}_{threading.get_ident()}"
     try:
         with draft.open("wb") as file:
@@ -287,9 +288,12 @@ def _claim(root: Path, before: Owner | None, own: Token) -> int:
             os.fsync(file.fileno())
         os.link(draft, _owner_file(root, number))
     except FileExistsError as error:
-        raise UserError(f"{root} was taken by another run at this moment; one run at a time can have it") from error
+        raise UserError(taken) from error
     finally:
         draft.unlink(missing_ok=True)
+    if _highest(root) > number:  # the number was free again because its owner had been replaced meanwhile
+        _owner_file(root, number).unlink(missing_ok=True)
+        raise UserError(taken)
     return number
 
 
