@@ -241,6 +241,29 @@ def test_a_warning_to_every_process_saves_and_ends(tmp_path: Path) -> None:
     assert store.complete_checkpoints(run_dir / "checkpoints")[-1].step == last["step"]
 
 
+def test_a_second_run_is_refused_and_a_killed_one_goes_on(tmp_path: Path) -> None:
+    """The command as people type it: twice in one folder, then again after kill -9."""
+    run_dir = tmp_path / "run"
+    flags = ["--run_dir", str(run_dir), "--device", "cpu", "--evaluation.interval_steps", "0", "--checkpoint.interval_steps", "1"]
+    command = [sys.executable, "-m", "megasora", "train", "tiny", *flags, "--train.no-tensorboard", "--train.steps"]
+    first = subprocess.Popen([*command, "100000"], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        second = subprocess.run([*command, "100000"], capture_output=True, text=True, timeout=120, check=False)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 2, second.stderr
+    assert f"belongs to a run that is alive (host {os.uname().nodename}, pid {first.pid}, for" in second.stderr
+    saved = store.complete_checkpoints(run_dir / "checkpoints")[-1].step
+    subprocess.run([*command, str(saved + 1)], capture_output=True, timeout=120, check=True)
+    last = metrics(run_dir)[-1]
+    assert last["step"] == saved + 1
+    assert [(event["event"], event.get("step")) for event in last["events"]] == [("restart", saved), ("checkpoint", None)]
+
+
 def test_columns_that_nobody_reads_are_named_once(pool: RankPool, straight: Path, tmp_path: Path) -> None:
     lines = (straight / "assets" / "clips" / "train.csv").read_text().splitlines()
     clips = straight / "assets" / "clips"
