@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,30 @@ TRAINING = "megasora-training-checkpoint"
 WEIGHTS = "megasora-weights"
 """The model's weights only; written by `megasora convert --to megasora`."""
 
+VERSION = 2
+"""Of training checkpoints: layout of the folder, keys of the tensors, names in the state. Version 1 did not name itself and had no seal."""
+SEAL = "manifest_sha256"
+"""Key of a training manifest's own hash."""
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with its own hash, so that an edited one is noticed."""
+    plain = json.loads(json.dumps(dict(manifest)))
+    return {**plain, SEAL: _seal(plain)}
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def facts_of(data: bytes) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
 
 def problem_with(folder: Path) -> str | None:
-    """Why a checkpoint folder cannot be used, or None."""
+    """Why a checkpoint folder cannot be used, or None; looks at names and sizes, not at hashes."""
     try:
         manifest = json.loads((folder / NAME).read_text())
         for name, facts in manifest["files"].items():
@@ -27,6 +50,27 @@ def problem_with(folder: Path) -> str | None:
                 return f"{name} has {size} bytes, its manifest says {facts['bytes']}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest or a file is missing or unreadable ({error})"
+    return None
+
+
+def format_problem(manifest: Mapping[str, Any], folder: Path) -> str | None:
+    """What is wrong with the manifest of a training checkpoint beside its files, or None.
+
+    Raises:
+        UserError: it is a whole checkpoint, but none that this version resumes.
+    """
+    if manifest.get("format") == WEIGHTS:
+        raise UserError(f"{folder} holds weights only, a run cannot go on from it; start one with --init.weights {folder}")
+    old = SEAL not in manifest and "version" not in manifest and manifest.get("format") == TRAINING
+    if not old and manifest.get(SEAL) != _seal(manifest):
+        return "its manifest has been changed"
+    if old or manifest["version"] != VERSION:
+        raise UserError(
+            f"{folder} is a checkpoint of format {manifest.get('version', 1)}, of megasora {manifest.get('megasora')}; this version "
+            f"reads format {VERSION}: go on with that version, or start another run from its weights with --init.weights {folder}"
+        )
+    if folder.name != f"step_{manifest['step']:08d}":
+        return f"it is the checkpoint of step {manifest['step']}"
     return None
 
 

@@ -305,6 +305,10 @@ class CheckpointConfig:
     """Newest checkpoints kept; 0 keeps all."""
     keep_every_steps: int = 0
     """Checkpoints at multiples of this are never removed; 0 means none."""
+    asynchronous: bool = True
+    """Training waits for a copy into host memory only, threads write it; otherwise it waits until the checkpoint is on disk."""
+    take_over: bool = False
+    """Take the run folder from another run that is alive; that one stops at its next step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""A run's checkpoints: what goes in, and whether what lies there is of this run."""
+"""A run's checkpoints: who may write them, what goes in, and whether what lies there is of this run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megasora.checkpoint import store
+from megasora.checkpoint.lease import Lease
+from megasora.checkpoint.verification import newest_good
+from megasora.checkpoint.writer import CheckpointWriter, Event, Retention
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
 from megasora.config.schema import RunConfig
@@ -29,18 +33,46 @@ DECIDES_SAMPLES = ("seed", "global_tokens", "data_sha256")
 """Facts of a run without which a position of its sampler means nothing."""
 
 
+@contextmanager
+def held_lease(root: Path, *, take_over: bool) -> Iterator[Lease | None]:
+    """Rank 0's right to write a run's checkpoints while the block runs; None on the other ranks. All ranks call it together.
+
+    Raises:
+        UserError: another run has it; the same on every rank.
+    """
+    lease, refused = None, [""]
+    if dist.get_rank() == 0:
+        try:
+            lease = Lease.take(root, force=take_over)
+        except UserError as error:
+            refused = [str(error)]
+    dist.broadcast_object_list(refused, src=0)
+    if refused[0]:
+        raise UserError(refused[0])
+    try:
+        yield lease
+    finally:
+        if lease is not None:
+            lease.release()
+
+
 class Checkpoints:
     """Saves and resumes a trainee.
 
     Args:
         root: folder of the checkpoints.
+        lease: rank 0's right to write there; None on the others.
         config: the run.
         context: this rank's groups.
         data_sha256: of the manifest that is trained on.
     """
 
-    def __init__(self, root: Path, *, config: RunConfig, context: ParallelContext, data_sha256: str) -> None:
+    def __init__(self, root: Path, *, lease: Lease | None, config: RunConfig, context: ParallelContext, data_sha256: str) -> None:
         self.root, self.config, self.context, self.data_sha256 = root, config, context, data_sha256
+        self._lease = lease
+        settings = config.checkpoint
+        retention = Retention(keep=settings.keep, keep_every_steps=settings.keep_every_steps)
+        self._writer = CheckpointWriter(root, lease=lease, asynchronous=settings.asynchronous, retention=retention)
 
     @property
     def data_key(self) -> str:
@@ -48,38 +80,57 @@ class Checkpoints:
         facts = {name: value for name, value in self._same_in_a_run().items() if name in DECIDES_SAMPLES}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
-    def save(self, trainee: Trainee, *, guard: Guard) -> dict[str, Any]:
-        """Write a checkpoint and prune old ones; returns the event. All ranks call it together."""
-        started = time.perf_counter()
-        path = store.save(self.root, step=trainee.step, tensors=self._tensors(trainee), state=self._state(trainee, guard))
-        settings = self.config.checkpoint
-        if self.context.rank == 0:
-            store.prune(self.root, keep=settings.keep, keep_every_steps=settings.keep_every_steps)
-        return {"event": "checkpoint", "path": path.name, "seconds": round(time.perf_counter() - started, 3)}
-
-    def resume(self, trainee: Trainee, *, guard: Guard) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint, if any; all ranks agree on which. Returns the event.
+    def save(self, trainee: Trainee, *, guard: Guard) -> None:
+        """Start a checkpoint; `happened` tells what became of it. All ranks call it together.
 
         Raises:
-            UserError: it is of another run.
+            UserError: another run has taken over.
         """
-        choice: list[Any] = [None]
-        if self.context.rank == 0:
-            entries = store.complete_checkpoints(self.root)
-            choice = [(str(entries[-1].path), store.read_manifest(entries[-1].path)) if entries else None]
-        dist.broadcast_object_list(choice, src=0)
-        if choice[0] is None:
+        self._writer.save(step=trainee.step, tensors=self._tensors(trainee), state=self._state(trainee, guard))
+
+    def happened(self, *, last: bool) -> list[Event]:
+        """What was saved or failed since the last call; all ranks call it after every step. `last`: wait for what is under way.
+
+        Raises:
+            UserError: another run has taken over.
+        """
+        if last:
+            self._writer.wait()
+        return self._writer.poll()
+
+    def close(self) -> None:
+        """The end of a run; all ranks call it together.
+
+        Raises:
+            UserError: the last checkpoint could not be written.
+        """
+        self._writer.close()
+
+    def abandon(self) -> None:
+        """The end of a run however it came; a save that is under way is given up."""
+        self._writer.abandon()
+
+    def resume(self, trainee: Trainee, *, guard: Guard) -> Event | None:
+        """Load the newest undamaged checkpoint, if any; all ranks agree on which. Returns the event. A save under way is waited for.
+
+        Raises:
+            UserError: it is of another run, or all are damaged.
+        """
+        self._writer.wait()
+        found = newest_good(self.root, lease=self._lease)
+        if found.folder is None:
             return None
-        folder, facts = Path(choice[0][0]), choice[0][1]
-        changed = self._changed_data(facts["state"], folder)
-        self._load(trainee, folder, facts)
-        if "guard" in facts["state"]:
-            guard.restore(facts["state"]["guard"])
+        changed = self._changed_data(found.manifest["state"], found.folder)
+        self._load(trainee, found.folder, found.manifest)
+        if "guard" in found.manifest["state"]:
+            guard.restore(found.manifest["state"]["guard"])
         data = self._begin_elsewhere(trainee, guard, changed) if changed else {}
         init = self.config.init
         given = "weights" if init.weights else "run" if init.run else None
         ignored = f"; --init.{given} is ignored" if given else ""
-        return {"event": "restart", "from": folder.name, "step": trainee.step, "note": f"resumed{ignored}", **data}
+        refused = [{"path": one.name, "reason": one.reason} for one in found.refused]
+        event = {"event": "restart", "from": found.folder.name, "step": trainee.step, "note": f"resumed{ignored}", **data}
+        return {**event, "refused": refused} if refused else event
 
     def _begin_elsewhere(self, trainee: Trainee, guard: Guard, changed: list[str]) -> dict[str, Any]:
         """Move the sampler of a run whose data have changed; what the event says of it."""

@@ -29,8 +29,8 @@ class Event(Protocol):
     def due(self, step: int, *, last: bool) -> bool:
         """Whether it happens after this step; `last`: no step follows."""
 
-    def happen(self, trainee: Trainee) -> dict[str, Any]:
-        """Do it; what the step's record says of it."""
+    def happen(self, trainee: Trainee) -> dict[str, Any] | None:
+        """Do it; what the step's record says of it, None when there is nothing to say yet."""
 
 
 class Evaluate:
@@ -130,7 +130,7 @@ class ShowSamples:
 
 
 class Save:
-    """A checkpoint.
+    """A checkpoint, which is written while steps go on; `Checkpoints.happened` says what became of it.
 
     Args:
         checkpoints: of the run.
@@ -145,9 +145,9 @@ class Save:
         """At multiples of the interval and at the end."""
         return last or (step > 0 and self.interval_steps > 0 and step % self.interval_steps == 0)
 
-    def happen(self, trainee: Trainee) -> dict[str, Any]:
-        """Save it."""
-        return self.checkpoints.save(trainee, guard=self.guard)
+    def happen(self, trainee: Trainee) -> None:
+        """Start it."""
+        self.checkpoints.save(trainee, guard=self.guard)
 
 
 def due(events: Sequence[Event], step: int, *, last: bool) -> list[Event]:

@@ -16,6 +16,7 @@ from megasora.config.validate import raise_on_problems, refuse_missing_autoencod
 from megasora.parallel import groups
 from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.training.assets import with_assets
+from megasora.training.checkpoints import held_lease
 from megasora.training.trainer import StopRequest, Trainer
 
 
@@ -38,7 +39,8 @@ def train(config: RunConfig) -> None:
     if context.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    config = with_assets(replace(config, run_dir=str(run_dir)), folder=run_dir / "assets")
-    if context.rank == 0:
-        save_yaml(config, run_dir / "config.yaml")
-    Trainer(config, context=context, run_dir=run_dir, stop=stop).run()
+    with held_lease(run_dir / "checkpoints", take_over=config.checkpoint.take_over) as lease:
+        config = with_assets(replace(config, run_dir=str(run_dir)), folder=run_dir / "assets")
+        if context.rank == 0:
+            save_yaml(config, run_dir / "config.yaml")
+        Trainer(config, context=context, run_dir=run_dir, stop=stop, lease=lease).run()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from megasora.checkpoint.lease import Lease
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
 from megasora.data.decoding.choice import open_decoder
@@ -62,16 +63,17 @@ class Trainer:
         context: this rank's groups.
         run_dir: folder of the run.
         stop: whether the run was asked to end.
+        lease: rank 0's right to write checkpoints; None on the others.
 
     Raises:
         UserError: files or settings do not allow it; says the cure.
     """
 
-    def __init__(self, config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest) -> None:
+    def __init__(self, config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest, lease: Lease | None) -> None:
         self.config, self.context, self.stop = config, context, stop
         manifest = read_manifest(str(config.data.manifest))
         self.clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", config=config, context=context, data_sha256=manifest.sha256)
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", lease=lease, config=config, context=context, data_sha256=manifest.sha256)
         start = find_start(config, root=self.checkpoints.root)
         self.cache = open_training_cache(config)
         self.encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))
@@ -106,13 +108,23 @@ class Trainer:
                 self.log.say(f"nothing to do: {done} of {steps} steps are done; raise --train.steps to go on")
                 return
             self.guard.leave_out(self._known_left_out())
-            following: Next = "feed"
-            while following == "feed":
-                feeder = self._feeder()
-                try:
-                    following = self._train(feeder)
-                finally:
-                    feeder.close()
+            try:
+                self._feed_and_train()
+                self.checkpoints.close()
+            except TrainingFailedError:  # on every rank alike: what is being saved is good
+                self.checkpoints.happened(last=True)
+                raise
+            finally:
+                self.checkpoints.abandon()
+
+    def _feed_and_train(self) -> None:
+        following: Next = "feed"
+        while following == "feed":
+            feeder = self._feeder()
+            try:
+                following = self._train(feeder)
+            finally:
+                feeder.close()
 
     def _train(self, feeder: Feeder) -> Next:
         at_steps = self._at_steps(feeder)
@@ -135,7 +147,9 @@ class Trainer:
             self._leave_out(batch, result, problem=result.problem)
             return "feed"
         self._applied = batch.plan.position
-        self._happen(due(at_steps, trainee.step, last=trainee.step == config.train.steps or result.stop))
+        last = trainee.step == config.train.steps or result.stop
+        self._happen(due(at_steps, trainee.step, last=last))
+        self.events += self.checkpoints.happened(last=last)
         if result.stop:
             self.events.append({"event": "stop", "reason": "SIGTERM or SIGUSR1"})
         seconds = time.perf_counter() - started
@@ -193,8 +207,7 @@ class Trainer:
     def _happen(self, events: Sequence[Event]) -> None:
         if events:
             sync_parameters(self.trainee.wrapped)
-        for event in events:
-            self.events.append(event.happen(self.trainee))
+        self.events += [said for event in events if (said := event.happen(self.trainee)) is not None]
 
     def _at_steps(self, feeder: Feeder) -> list[Event]:
         config = self.config

@@ -180,6 +180,20 @@ def emulate_with_triton() -> None:
     emulate()
 
 
+class Runtime:
+    """The CUDA runtime's calls that page-lock memory, which all memory here is as good as."""
+
+    @staticmethod
+    def cudaHostRegister(address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        """Success."""
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(address: int) -> int:  # noqa: N802 - CUDA's name
+        """Success."""
+        return 0
+
+
 def _become_gpu() -> None:
     enable_cpu_backend()  # streams, events, RNG states
     _replace_cuda_queries()
@@ -196,6 +210,7 @@ def _replace_cuda_queries() -> None:
         "get_device_properties": Properties,
         "max_memory_allocated": 0,
         "memory_allocated": 0,
+        "cudart": Runtime,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_args, answer=answer, **_kwargs: answer)

@@ -136,17 +136,26 @@ def test_a_clip_that_fails_in_the_middle_costs_one_sample(pool: RankPool, straig
         assert record["loss"] is not None
 
 
-def test_an_unfinished_checkpoint_is_passed_over(pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("damage", "said"), [("torn", "4 bytes, its manifest says"), ("one bit", "another SHA-256")])
+def test_a_damaged_checkpoint_is_passed_over(pool: RankPool, tmp_path: Path, damage: str, said: str) -> None:
     run_dir = tmp_path / "run"
     config = tiny_run(run_dir, steps=2, parallel=layout(), interval_steps=1)
     pool.run(1, train_on_rank, config)
     last = store.step_folder(run_dir / "checkpoints", 2)
-    next(last.glob("*.distcp")).write_bytes(b"torn")
-    assert [entry.step for entry in store.complete_checkpoints(run_dir / "checkpoints")] == [1]
+    file = next(last.glob("*.distcp"))
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(b"torn" if damage == "torn" else whole)
     pool.run(1, train_on_rank, config)
     records = metrics(run_dir)
     assert [record["step"] for record in records] == [1, 2]
-    assert {"event": "restart", "from": "step_00000001", "step": 1, "note": "resumed"} in records[1]["events"]
+    (event,) = [event for event in records[1]["events"] if event["event"] == "restart"]
+    (refused,) = event.pop("refused")
+    assert event == {"event": "restart", "from": "step_00000001", "step": 1, "note": "resumed"}
+    assert refused["path"] == "step_00000002"
+    assert said in refused["reason"]
+    assert [entry.step for entry in store.complete_checkpoints(run_dir / "checkpoints")] == [1, 2]
+    assert (run_dir / "checkpoints" / "refused_step_00000002_2").is_dir()
 
 
 def test_a_checkpoint_of_another_model_is_refused(pool: RankPool, tmp_path: Path) -> None:
@@ -228,8 +237,31 @@ def test_a_warning_to_every_process_saves_and_ends(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 0, errors[-2000:]
     last = metrics(run_dir)[-1]
-    assert [event["event"] for event in last["events"]] == ["checkpoint", "stop"]
+    assert [event["event"] for event in last["events"]][-2:] == ["checkpoint", "stop"]
     assert store.complete_checkpoints(run_dir / "checkpoints")[-1].step == last["step"]
+
+
+def test_a_second_run_is_refused_and_a_killed_one_goes_on(tmp_path: Path) -> None:
+    """The command as people type it: twice in one folder, then again after kill -9."""
+    run_dir = tmp_path / "run"
+    flags = ["--run_dir", str(run_dir), "--device", "cpu", "--evaluation.interval_steps", "0", "--checkpoint.interval_steps", "1"]
+    command = [sys.executable, "-m", "megasora", "train", "tiny", *flags, "--train.no-tensorboard", "--train.steps"]
+    first = subprocess.Popen([*command, "100000"], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        second = subprocess.run([*command, "100000"], capture_output=True, text=True, timeout=120, check=False)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 2, second.stderr
+    assert f"belongs to a run that is alive (host {os.uname().nodename}, pid {first.pid}, for" in second.stderr
+    saved = store.complete_checkpoints(run_dir / "checkpoints")[-1].step
+    subprocess.run([*command, str(saved + 1)], capture_output=True, timeout=120, check=True)
+    last = metrics(run_dir)[-1]
+    assert last["step"] == saved + 1
+    assert [(event["event"], event.get("step")) for event in last["events"]] == [("restart", saved), ("checkpoint", None)]
 
 
 def test_columns_that_nobody_reads_are_named_once(pool: RankPool, straight: Path, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def load_and_save(rank: int, config: RunConfig) -> None:
     from megasora.data.manifest import read_manifest
     from megasora.parallel import groups
     from megasora.training.assets import with_assets
-    from megasora.training.checkpoints import Checkpoints
+    from megasora.training.checkpoints import Checkpoints, held_lease
     from megasora.training.guard import Guard
     from megasora.training.step import build_trainee
 
@@ -215,8 +215,10 @@ def load_and_save(rank: int, config: RunConfig) -> None:
     config = with_assets(config, folder=Path(str(config.run_dir)) / "assets")
     trainee = build_trainee(config, context=context)
     sha256 = read_manifest(str(config.data.manifest)).sha256
-    checkpoints = Checkpoints(Path(str(config.run_dir)) / "checkpoints", config=config, context=context, data_sha256=sha256)
-    guard = Guard(config.guard)
-    assert checkpoints.resume(trainee, guard=guard)
-    trainee.step += 1
-    checkpoints.save(trainee, guard=guard)
+    root, guard = Path(str(config.run_dir)) / "checkpoints", Guard(config.guard)
+    with held_lease(root, take_over=False) as lease:
+        checkpoints = Checkpoints(root, lease=lease, config=config, context=context, data_sha256=sha256)
+        assert checkpoints.resume(trainee, guard=guard)
+        trainee.step += 1
+        checkpoints.save(trainee, guard=guard)
+        checkpoints.close()

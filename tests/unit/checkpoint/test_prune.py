@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megasora.checkpoint import manifests, store
+from megasora.checkpoint import commit, manifests, store
+from megasora.checkpoint.lease import Lease
 from megasora.config.errors import UserError
 
 
@@ -32,7 +33,10 @@ def steps(root: Path) -> list[int]:
 )
 def test_the_newest_and_the_milestones_stay(tmp_path: Path, keep: int, every: int, kept: list[int]) -> None:
     made(tmp_path, 3, 1, 5, 2, 4)
-    removed = store.prune(tmp_path, keep=keep, keep_every_steps=every)
+    lease = Lease.take(tmp_path)
+    removed = commit.prune(lease, keep=keep, keep_every_steps=every)
+    assert list(lease.work.iterdir()) == []
+    lease.release()
     assert steps(tmp_path) == kept
     assert sorted(path.name for path in removed) == [f"step_{step:08d}" for step in range(1, 6) if step not in kept]
 
