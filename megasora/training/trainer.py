@@ -23,6 +23,7 @@ from megasora.models.encoders.bundle import load_encoders
 from megasora.models.mmdit.initialization import initialize_weights
 from megasora.models.mmdit.weights import fill_parameters
 from megasora.parallel.groups import ParallelContext
+from megasora.recovery.sentry import Sentry
 from megasora.training.checkpoints import Checkpoints
 from megasora.training.evaluation import Evaluator
 from megasora.training.events import Evaluate, Event, Save, ShowSamples, due
@@ -33,6 +34,7 @@ from megasora.training.optimizer import ensure_adam_state, refresh_masters, sync
 from megasora.training.prerequisites import encoders_needed, open_training_cache
 from megasora.training.start import Start, find_start
 from megasora.training.step import StepResult, build_trainee, step_metrics, train_step
+from megasora.training.vitals import Vitals
 
 Next = Literal["step", "feed", "end"]
 """What follows a step: the next one, a feeder that starts elsewhere, nothing."""
@@ -47,11 +49,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.signal = "a signal to another rank"
+        """Name of what asked this one."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.asked, self.signal = True, signal.Signals(number).name
 
 
 class Trainer:
@@ -62,13 +66,15 @@ class Trainer:
         context: this rank's groups.
         run_dir: folder of the run.
         stop: whether the run was asked to end.
+        sentry: this rank's, entered.
 
     Raises:
         UserError: files or settings do not allow it; says the cure.
     """
 
-    def __init__(self, config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest) -> None:
+    def __init__(self, config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest, sentry: Sentry) -> None:
         self.config, self.context, self.stop = config, context, stop
+        self.vitals = Vitals(sentry, config=config, context=context)
         manifest = read_manifest(str(config.data.manifest))
         self.clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
         self.checkpoints = Checkpoints(run_dir / "checkpoints", config=config, context=context, data_sha256=manifest.sha256)
@@ -76,6 +82,7 @@ class Trainer:
         self.cache = open_training_cache(config)
         self.encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))
         self.trainee = build_trainee(config, context=context)
+        self.trainee.enter = self.vitals.enter
         self.guard = Guard(config.guard)
         self._left_out_file = run_dir / "recovery" / f"left_out_{self.checkpoints.data_key}.jsonl"
         self._quarantine = self._open_quarantine(run_dir / "recovery" / "clips")
@@ -119,16 +126,20 @@ class Trainer:
         if self.trainee.step == 0 and self._applied is None:
             self._happen(due(at_steps, 0, last=False))
         started = time.perf_counter()
+        self.vitals.next_step(self.trainee.step + 1)
         for batch in feeder:
             following = self._step(batch, at_steps, started=started)
             started = time.perf_counter()
             if following != "step":
                 return following
+            if self.trainee.step < self.config.train.steps:
+                self.vitals.next_step(self.trainee.step + 1)
         return "end"
 
     def _step(self, batch: StepBatch, at_steps: Sequence[Event], *, started: float) -> Next:
         """One step, what is due after it, and its record."""
         trainee, config, context = self.trainee, self.config, self.context
+        self.vitals.sentry.batch([self.clips[sample].clip.id for sample in batch.plan.samples])
         result = train_step(trainee, batch, config=config, context=context, guard=self.guard, stop=self.stop.asked)
         self.events += [{"event": "skip", "clip": clip, "reason": reason} for clip, reason in result.skipped]
         if result.problem is not None:
@@ -138,10 +149,12 @@ class Trainer:
         self._happen(due(at_steps, trainee.step, last=trainee.step == config.train.steps or result.stop))
         if result.stop:
             self.events.append({"event": "stop", "reason": "SIGTERM or SIGUSR1"})
+        self.events += self.vitals.after_step(trainee.step)
         seconds = time.perf_counter() - started
         events, self.events = self.events, []
         self.log.write(step_metrics(trainee, batch, result, config=config, context=context, seconds=seconds, events=events))
         if result.stop:
+            self.vitals.sentry.stopped(self.stop.signal)
             self.log.say(f"stopped at step {trainee.step} as asked; the same command goes on from here")
         return "end" if result.stop else "step"
 
@@ -194,6 +207,7 @@ class Trainer:
         if events:
             sync_parameters(self.trainee.wrapped)
         for event in events:
+            self.vitals.enter(event.place)
             self.events.append(event.happen(self.trainee))
 
     def _at_steps(self, feeder: Feeder) -> list[Event]:
