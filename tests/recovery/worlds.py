@@ -52,7 +52,7 @@ def started(words: Sequence[str], *, ranks: int = 2) -> Iterator[list[subprocess
             process.wait()
 
 
-def endings(processes: Sequence[subprocess.Popen[str]], *, within_s: float = 180.0) -> list[tuple[int, str]]:
+def endings(processes: Sequence[subprocess.Popen[str]], *, within_s: float = 400.0) -> list[tuple[int, str]]:
     """(exit code, stderr) of each process, once it has ended by itself."""
     found = []
     for process in processes:
@@ -61,7 +61,7 @@ def endings(processes: Sequence[subprocess.Popen[str]], *, within_s: float = 180
     return found
 
 
-def await_beat(run_dir: Path, rank: int, *, step: int, incarnation: int = 1, within_s: float = 120.0) -> Beat:
+def await_beat(run_dir: Path, rank: int, *, step: int, incarnation: int = 1, within_s: float = 400.0) -> Beat:
     """A rank's heartbeat once it has come to a step."""
 
     def look() -> Beat | None:
