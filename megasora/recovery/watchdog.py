@@ -52,8 +52,10 @@ class HangLimits:
     evaluate_s: float = 3600.0
     silence_s: float = 20.0
     """A process that wrote no heartbeat for so long within a step is stopped or gone."""
-    slow_silence_s: float = 180.0
-    """The same outside of steps, where reading and writing large files may hold the GIL."""
+    save_silence_s: float = 60.0
+    """The same while saving and evaluating, where pickling and forking hold the GIL for seconds."""
+    start_silence_s: float = 180.0
+    """The same before the first step, where weights are read and the device is initialised."""
 
     def allowed_s(self, phase: Phase, median_step_s: float | None) -> float:
         """Longest time in a phase; the median is None before the first step was finished."""
@@ -65,7 +67,9 @@ class HangLimits:
 
     def silent_s(self, phase: Phase, step: int) -> float:
         """Longest time without a heartbeat of a process that is in a phase of a step."""
-        return self.silence_s if phase in STEP_PHASES and step > 0 else self.slow_silence_s
+        if phase == "start" or step == 0:
+            return self.start_silence_s
+        return self.silence_s if phase in STEP_PHASES else self.save_silence_s
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from megasora.recovery.folder import RecoveryFolder, write_json
 from megasora.recovery.sentry import Sentry
 from megasora.recovery.watchdog import HangLimits
 
-LIMITS = HangLimits(floor_s=4.0, data_s=4.0, first_step_s=6.0, silence_s=4.0, slow_silence_s=20.0)
+LIMITS = HangLimits(floor_s=4.0, data_s=4.0, first_step_s=6.0, silence_s=4.0, save_silence_s=10.0)
 
 
 def fail(fault: str, step: int) -> None:

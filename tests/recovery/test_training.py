@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run_of(run_dir: Path) -> RunConfig:
-    config = tiny_run(run_dir, steps=STEPS, parallel=ParallelConfig(), interval_steps=4)
+    config = tiny_run(run_dir, steps=STEPS, parallel=ParallelConfig(), interval_steps=5)
     return replace(config, recovery=RecoveryConfig(hang_floor_s=15.0, report_interval_steps=10))
 
 
@@ -74,7 +74,7 @@ def test_a_killed_and_a_stopped_rank_cost_no_more_than_time(run_dir: Path, alone
     folder = RecoveryFolder.of_run(run_dir)
     with started(["megasora", "supervise", "--backoff_s", "1", "--", *words(run_dir)]) as world:
         send(await_beat(run_dir, 1, step=6), signal.SIGKILL)
-        stopped = send(await_beat(run_dir, 1, step=10, incarnation=2), signal.SIGSTOP)
+        stopped = send(await_beat(run_dir, 1, step=11, incarnation=2), signal.SIGSTOP)
         hang = until(found(folder.hang(2)), within_s=90)
         waited = hang.stat().st_mtime - stopped
         ends = endings(world, within_s=400)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megasora.recovery.folder import RecoveryFolder
-from megasora.recovery.heartbeat import Beat, read_beat
+from megasora.recovery.heartbeat import STEP_PHASES, Beat, read_beat
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -62,11 +62,12 @@ def endings(processes: Sequence[subprocess.Popen[str]], *, within_s: float = 400
 
 
 def await_beat(run_dir: Path, rank: int, *, step: int, incarnation: int = 1, within_s: float = 400.0) -> Beat:
-    """A rank's heartbeat once it has come to a step."""
+    """A rank's heartbeat once it has come to a step and is within one, not between two (saving)."""
 
     def look() -> Beat | None:
         beat = read_beat(RecoveryFolder.of_run(run_dir), rank)
-        return beat if beat is not None and beat.incarnation >= incarnation and beat.step >= step else None
+        arrived = beat is not None and beat.incarnation >= incarnation and beat.step >= step and beat.phase in STEP_PHASES
+        return beat if arrived else None
 
     return until(look, within_s=within_s)
 
