@@ -1,6 +1,6 @@
 """Training without a model: gloo ranks that add up a number a step, saved every second step and watched as training is.
 
-`python -m tests.recovery.loop RUN_DIR STEPS STEP_S [FAULT]`; FAULT is `kind:rank:step`, in the run's first incarnation.
+`python -m tests.recovery.loop RUN_DIR STEPS STEP_S [FAULTS]`; FAULTS are `kind:rank:step`, one an incarnation, with commas between.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def train(sentry: Sentry, run_dir: Path, *, steps: int, step_s: float, fault: st
 
 
 def main(words: list[str]) -> None:
-    run_dir, steps, step_s, fault = Path(words[0]), int(words[1]), float(words[2]), (*words[3:], "")[0]
+    run_dir, steps, step_s, faults = Path(words[0]), int(words[1]), float(words[2]), (*words[3:], "")[0].split(",")
     dist.init_process_group("gloo")
     number: list[Any] = [next_incarnation(RecoveryFolder.of_run(run_dir)) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(number)
     try:
         with Sentry(run_dir, rank=dist.get_rank(), world_size=dist.get_world_size(), incarnation=number[0], limits=LIMITS) as sentry:
-            train(sentry, run_dir, steps=steps, step_s=step_s, fault=fault if number[0] == 1 else "")
+            train(sentry, run_dir, steps=steps, step_s=step_s, fault="".join(faults[number[0] - 1 : number[0]]))
             dist.barrier()
     except UserError:
         leave(2)
