@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megasora.recovery.evidence import Evidence, ExitRecord
@@ -57,7 +57,7 @@ def first_cause(evidence: Evidence, *, now: float, quiet_s: float = 60.0) -> Cau
     ended = any(rank in evidence.ended for rank in silent)
     if silent and not ended and not failed and now - max(evidence.beats[rank].alive for rank in silent) < quiet_s:
         beat = evidence.beats[silent[0]]
-        return _of_beat(beat, "running", f"all {len(evidence.beats)} ranks gave a sign of life in the last {quiet_s:.0f} s")
+        return _of_beat(beat, "running", f"all {len(evidence.beats)} ranks gave a sign of life in the last {quiet_s:.0f} s", evidence)
     if evidence.hang is not None and not any(rank in evidence.ended for rank in silent):
         return _of_hang(evidence, evidence.hang)
     if silent:
@@ -106,9 +106,15 @@ def _of_silent(evidence: Evidence, silent: Sequence[int]) -> Cause:
         what += f" ({fatal})"
     if ended is not None and ended.out_of_memory:
         what += f"; out of memory: {ended.out_of_memory}"
-    samples = _samples_of_step(evidence, beat.step)
     out_of_memory = ended is not None and ended.out_of_memory is not None
-    return _of_beat(beat, "killed", what, samples=samples, secondary=_others_failed(evidence, rank), out_of_memory=out_of_memory)
+    return replace(_of_beat(_caught_up(beat, evidence), "killed", what, evidence), out_of_memory=out_of_memory)
+
+
+def _caught_up(beat: Beat, evidence: Evidence) -> Beat:
+    """A killed rank's last beat: its file is up to a second old, and ranks that failed for want of it say how far it came."""
+    waiting = [record for record in evidence.exits.values() if record.communicates and record.step > beat.step]
+    nearest = min(waiting, key=lambda record: record.step, default=None)
+    return beat if nearest is None else replace(beat, step=nearest.step, phase=nearest.phase)
 
 
 def _of_hang(evidence: Evidence, hang: Hang) -> Cause:
@@ -121,21 +127,10 @@ def _of_hang(evidence: Evidence, hang: Hang) -> Cause:
     else:
         rank = min(evidence.beats, key=lambda r: (evidence.beats[r].step, evidence.beats[r].time))
         what = f"no step for {hang.waited_s:.0f} s ({hang.allowed_s:.0f} s are allowed), first seen by rank {hang.rank}; {_where(evidence)}"
-    samples = _samples_of_step(evidence, evidence.beats[rank].step)
-    secondary = _others_failed(evidence, rank)
-    return _of_beat(evidence.beats[rank], "hang", what, samples=samples, secondary=secondary, stackless=evidence.stackless)
+    return replace(_of_beat(evidence.beats[rank], "hang", what, evidence), stackless=evidence.stackless)
 
 
-def _of_beat(
-    beat: Beat,
-    kind: Literal["running", "killed", "hang"],
-    what: str,
-    *,
-    samples: Sequence[str] = (),
-    secondary: int = 0,
-    out_of_memory: bool = False,
-    stackless: Sequence[int] = (),
-) -> Cause:
+def _of_beat(beat: Beat, kind: Literal["running", "killed", "hang"], what: str, evidence: Evidence) -> Cause:
     return Cause(
         kind=kind,
         incarnation=beat.incarnation,
@@ -146,10 +141,8 @@ def _of_beat(
         phase=beat.phase,
         time=beat.time,
         what=what,
-        samples=list(samples),
-        secondary=secondary,
-        out_of_memory=out_of_memory,
-        stackless=list(stackless),
+        samples=_samples_of_step(evidence, beat.step),
+        secondary=_others_failed(evidence, beat.rank),
     )
 
 

@@ -123,6 +123,12 @@ def test_a_rank_without_a_record_was_killed(run: Run) -> None:
     assert cause.samples == ["clip3", "clip9"], "all ranks know the step's clips"
 
 
+def test_a_killed_rank_was_where_the_others_waited_for_it(run: Run) -> None:
+    run.beats(beat(0), beat(1, step=6))  # written up to a second before
+    run.raised(0, RuntimeError(CLOSED), time=101.0)
+    assert (run.cause().rank, run.cause().step, run.cause().samples) == (1, 7, ["clip3", "clip9"])
+
+
 def test_its_supervisor_knows_the_signal_and_the_kernels_words(run: Run) -> None:
     run.beats(beat(0), beat(1))
     run.raised(0, RuntimeError(CLOSED), time=102.0)
