@@ -312,6 +312,30 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """How a run notices that it hangs or is held up."""
+
+    watchdog: bool = True
+    """Watch for hangs: leave all ranks' stacks in run_dir/recovery and end with code 75, for the launcher to start the run again."""
+    hang_factor: float = 10.0
+    """A step is hung after this many medians of recent steps."""
+    hang_floor_s: float = 25.0
+    """But never sooner (waiting for clips: data.decode_timeout_s later)."""
+    first_step_s: float = 900.0
+    """Longest first step."""
+    start_s: float = 3600.0
+    """Longest time until the first step begins."""
+    save_s: float = 1800.0
+    """Longest save."""
+    evaluate_s: float = 3600.0
+    """Longest evaluation or drawing of samples."""
+    report_interval_steps: int = 100
+    """Steps between reports of goodput and of slow ranks; 0 gives none."""
+    straggler_factor: float = 1.3
+    """A rank is slow that needs this many times the median of all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InitConfig:
     """What the weights start from."""
 
@@ -431,6 +455,7 @@ class RunConfig:
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     init: InitConfig = field(default_factory=InitConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

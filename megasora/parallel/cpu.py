@@ -8,6 +8,7 @@ What it leaves out: FP8, Transformer Engine, NCCL and CUDA graphs, which `config
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -45,9 +46,15 @@ class CpuEvent:
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         """Accept and drop torch.cuda.Event's arguments (timing, blocking)."""
+        self._at = 0.0
 
     def record(self, stream: CpuStream | None = None) -> None:
-        """Nothing to record."""
+        """It happens now."""
+        self._at = time.perf_counter()
+
+    def elapsed_time(self, end: CpuEvent) -> float:
+        """Milliseconds to a later event."""
+        return (end._at - self._at) * 1000
 
     def wait(self, stream: CpuStream | None = None) -> None:
         """Nothing to wait for."""

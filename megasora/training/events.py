@@ -21,10 +21,14 @@ from megasora.training.feed import Feeder
 from megasora.training.guard import Guard
 from megasora.training.metrics import MetricsLog, film_strip
 from megasora.training.step import Trainee
+from megasora.training.vitals import Place
 
 
 class Event(Protocol):
     """Something all ranks do together between two steps, with whole parameters."""
+
+    place: Place
+    """What it counts as for who watches the run."""
 
     def due(self, step: int, *, last: bool) -> bool:
         """Whether it happens after this step; `last`: no step follows."""
@@ -40,6 +44,8 @@ class Evaluate:
         evaluator: of the held-out clips.
         interval_steps: also after the last step.
     """
+
+    place: Place = "evaluate"
 
     def __init__(self, evaluator: Evaluator, *, interval_steps: int) -> None:
         self.evaluator, self.interval_steps = evaluator, interval_steps
@@ -73,6 +79,8 @@ class ShowSamples:
         feeder: of the run.
         log: of the run.
     """
+
+    place: Place = "evaluate"
 
     def __init__(
         self, trainee: Trainee, *, config: RunConfig, context: ParallelContext, encoders: Encoders, feeder: Feeder, log: MetricsLog
@@ -137,6 +145,8 @@ class Save:
         guard: of the run; what it knows is saved too.
         interval_steps: 0 saves after the last step only.
     """
+
+    place: Place = "save"
 
     def __init__(self, checkpoints: Checkpoints, *, guard: Guard, interval_steps: int) -> None:
         self.checkpoints, self.guard, self.interval_steps = checkpoints, guard, interval_steps

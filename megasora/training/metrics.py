@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,7 @@ class StepMetrics:
     """Work of the busiest replica over the mean."""
     peak_memory_bytes: int
     events: list[dict[str, Any]] = field(default_factory=list)
-    """checkpoint, skip, restart, eval, ... with their facts."""
+    """checkpoint, skip, restart, eval, goodput, ... with their facts; what one has `said` is a line of the log."""
 
     def line(self) -> str:
         """For the log."""
@@ -124,17 +125,14 @@ class MetricsLog:
             for name, value in values.items():
                 if name not in ("step", "events") and value is not None:
                     self._writer.add_scalar(f"train/{name}", value, metrics.step)
-            for event in metrics.events:
-                if event["event"] == "eval":
-                    for name, value in event["loss_by_t"].items():
-                        self._writer.add_scalar(f"eval/loss_t{name}", value, metrics.step)
-                    for part in ("kind", "resolution"):
-                        for name, value in event[f"loss_by_{part}"].items():
-                            self._writer.add_scalar(f"eval_by_{part}/{name}", value, metrics.step)
-                    self._writer.add_scalar("eval/loss", event["loss"], metrics.step)
+            for name, value in (scalar for event in metrics.events for scalar in _scalars(event)):
+                self._writer.add_scalar(name, value, metrics.step)
         self._progress.update(self._task, completed=metrics.step, loss=f"loss {metrics.loss:.4f}")
         if metrics.step % self.interval_steps == 0:
-            self._progress.console.print(metrics.line(), highlight=False, markup=False, soft_wrap=True)
+            self.say(metrics.line())
+        for event in metrics.events:
+            if "said" in event:
+                self.say(event["said"])
 
     def add_images(self, name: str, images: Tensor, *, step: int) -> None:
         """Show images uint8 [N, 3, H, W] in TensorBoard on rank 0."""
@@ -156,6 +154,17 @@ def film_strip(video: Tensor, *, frames: int = 6) -> Tensor:
 def _finite(value: Any) -> Any:
     """JSON has no NaN: a value that is not finite is null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """What TensorBoard shows of an event."""
+    if event["event"] == "goodput":
+        yield from ((f"goodput/{name}", value) for name, value in event.items() if name != "event")
+    if event["event"] == "eval":
+        yield "eval/loss", event["loss"]
+        yield from ((f"eval/loss_t{name}", value) for name, value in event["loss_by_t"].items())
+        for part in ("kind", "resolution"):
+            yield from ((f"eval_by_{part}/{name}", value) for name, value in event[f"loss_by_{part}"].items())
 
 
 def _summary_writer(folder: Path, *, purge_step: int) -> Any:

@@ -1,6 +1,6 @@
 """`megasora train`: from a config to a trained run, resuming by itself when the run folder holds a good checkpoint.
 
-The run folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/step_00000010/ and the tracker checkpoints/latest.
+The run folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/step_00000010/, the tracker checkpoints/latest, and recovery/.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.training.assets import with_assets
 from megasora.training.checkpoints import held_lease
 from megasora.training.trainer import StopRequest, Trainer
+from megasora.training.vitals import open_sentry
 
 
 def train(config: RunConfig) -> None:
@@ -43,4 +44,5 @@ def train(config: RunConfig) -> None:
         config = with_assets(replace(config, run_dir=str(run_dir)), folder=run_dir / "assets")
         if context.rank == 0:
             save_yaml(config, run_dir / "config.yaml")
-        Trainer(config, context=context, run_dir=run_dir, stop=stop, lease=lease).run()
+        with open_sentry(config, context=context, run_dir=run_dir) as sentry:
+            Trainer(config, context=context, run_dir=run_dir, stop=stop, lease=lease, sentry=sentry).run()

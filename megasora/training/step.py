@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,11 @@ from megasora.training.guard import Guard
 from megasora.training.metrics import StepMetrics
 from megasora.training.microbatch import velocity_loss
 from megasora.training.optimizer import EMA, TrainingOptimizer, learning_rate, prepare_training, update_weights, zero_gradients
+from megasora.training.vitals import Place
+
+
+def unwatched(place: Place) -> None:
+    """Nobody asks where a step is."""
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Trainee:
     """Optimizer steps done."""
     sampler: SamplerState = field(default_factory=SamplerState)
     samples_seen: int = 0
+    enter: Callable[[Place], object] = unwatched
+    """Hears where a step is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +95,7 @@ def build_trainee(config: RunConfig, *, context: ParallelContext) -> Trainee:
 
 def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context: ParallelContext, guard: Guard, stop: bool) -> StepResult:
     """One optimizer step on all ranks, unless the guard finds something wrong with its loss or its gradients."""
+    trainee.enter("forward_backward")
     zero_gradients(trainee.wrapped, trainee.optimizer)
     reports = run_schedule(
         trainee.wrapped,
@@ -95,6 +104,7 @@ def train_step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context
         context=context,
         loss_function=lambda output, micro: velocity_loss(output, micro, context_rank=context.at.cp),
     )
+    trainee.enter("agree")
     loss, counted, num_skipped, asked, feeding = _agree(reports, batch, context=context, stop=stop)
     skipped = _gather_skips(batch, context) if num_skipped else []
     problem, norm = _update(trainee, loss, config=config, guard=guard) if counted else (None, 0.0)
@@ -110,6 +120,7 @@ def _update(trainee: Trainee, loss: float, *, config: RunConfig, guard: Guard) -
     problem = guard.problem_with_loss(loss)
     if problem is not None:
         return problem, math.nan
+    trainee.enter("optimizer")
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate(trainee.step, config=config.optimizer)
     norm, changed = update_weights(trainee.optimizer, accept=lambda norm: guard.problem_with_norm(norm) is None)

@@ -24,6 +24,7 @@ from megasora.models.encoders.bundle import load_encoders
 from megasora.models.mmdit.initialization import initialize_weights
 from megasora.models.mmdit.weights import fill_parameters
 from megasora.parallel.groups import ParallelContext
+from megasora.recovery.sentry import Sentry
 from megasora.training.checkpoints import Checkpoints
 from megasora.training.evaluation import Evaluator
 from megasora.training.events import Evaluate, Event, Save, ShowSamples, due
@@ -34,6 +35,7 @@ from megasora.training.optimizer import ensure_adam_state, refresh_masters, sync
 from megasora.training.prerequisites import encoders_needed, open_training_cache
 from megasora.training.start import Start, find_start
 from megasora.training.step import StepResult, build_trainee, step_metrics, train_step
+from megasora.training.vitals import Vitals
 
 Next = Literal["step", "feed", "end"]
 """What follows a step: the next one, a feeder that starts elsewhere, nothing."""
@@ -48,11 +50,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.signal = "a signal to another rank"
+        """Name of what asked this one."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.asked, self.signal = True, signal.Signals(number).name
 
 
 class Trainer:
@@ -64,13 +68,17 @@ class Trainer:
         run_dir: folder of the run.
         stop: whether the run was asked to end.
         lease: rank 0's right to write checkpoints; None on the others.
+        sentry: this rank's, entered.
 
     Raises:
         UserError: files or settings do not allow it; says the cure.
     """
 
-    def __init__(self, config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest, lease: Lease | None) -> None:
+    def __init__(
+        self, config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest, lease: Lease | None, sentry: Sentry
+    ) -> None:
         self.config, self.context, self.stop = config, context, stop
+        self.vitals = Vitals(sentry, config=config, context=context)
         manifest = read_manifest(str(config.data.manifest))
         self.clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
         self.checkpoints = Checkpoints(run_dir / "checkpoints", lease=lease, config=config, context=context, data_sha256=manifest.sha256)
@@ -78,6 +86,7 @@ class Trainer:
         self.cache = open_training_cache(config)
         self.encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))
         self.trainee = build_trainee(config, context=context)
+        self.trainee.enter = self.vitals.enter
         self.guard = Guard(config.guard)
         self._left_out_file = run_dir / "recovery" / f"left_out_{self.checkpoints.data_key}.jsonl"
         self._quarantine = self._open_quarantine(run_dir / "recovery" / "clips")
@@ -131,16 +140,20 @@ class Trainer:
         if self.trainee.step == 0 and self._applied is None:
             self._happen(due(at_steps, 0, last=False))
         started = time.perf_counter()
+        self.vitals.next_step(self.trainee.step + 1)
         for batch in feeder:
             following = self._step(batch, at_steps, started=started)
             started = time.perf_counter()
             if following != "step":
                 return following
+            if self.trainee.step < self.config.train.steps:
+                self.vitals.next_step(self.trainee.step + 1)
         return "end"
 
     def _step(self, batch: StepBatch, at_steps: Sequence[Event], *, started: float) -> Next:
         """One step, what is due after it, and its record."""
         trainee, config, context = self.trainee, self.config, self.context
+        self.vitals.sentry.batch([self.clips[sample].clip.id for sample in batch.plan.samples])
         result = train_step(trainee, batch, config=config, context=context, guard=self.guard, stop=self.stop.asked)
         self.events += [{"event": "skip", "clip": clip, "reason": reason} for clip, reason in result.skipped]
         if result.problem is not None:
@@ -149,13 +162,17 @@ class Trainer:
         self._applied = batch.plan.position
         last = trainee.step == config.train.steps or result.stop
         self._happen(due(at_steps, trainee.step, last=last))
+        if last:
+            self.vitals.enter("save")
         self.events += self.checkpoints.happened(last=last)
         if result.stop:
             self.events.append({"event": "stop", "reason": "SIGTERM or SIGUSR1"})
+        self.events += self.vitals.after_step(trainee.step)
         seconds = time.perf_counter() - started
         events, self.events = self.events, []
         self.log.write(step_metrics(trainee, batch, result, config=config, context=context, seconds=seconds, events=events))
         if result.stop:
+            self.vitals.sentry.stopped(self.stop.signal)
             self.log.say(f"stopped at step {trainee.step} as asked; the same command goes on from here")
         return "end" if result.stop else "step"
 
@@ -187,6 +204,8 @@ class Trainer:
 
     def _go_back(self, problem: str) -> None:
         sync_parameters(self.trainee.wrapped)
+        self.vitals.enter("save")
+        self.events += self.checkpoints.happened(last=True)  # what is being saved may be what the run goes back to
         left = self.trainee.step
         resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
         if resumed is None:
@@ -207,7 +226,10 @@ class Trainer:
     def _happen(self, events: Sequence[Event]) -> None:
         if events:
             sync_parameters(self.trainee.wrapped)
-        self.events += [said for event in events if (said := event.happen(self.trainee)) is not None]
+        for event in events:
+            self.vitals.enter(event.place)
+            if (said := event.happen(self.trainee)) is not None:
+                self.events.append(said)
 
     def _at_steps(self, feeder: Feeder) -> list[Event]:
         config = self.config

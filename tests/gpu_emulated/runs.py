@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megasora import recipes
-from megasora.config.schema import ParallelConfig, PrecisionConfig, RunConfig
+from megasora.config.schema import ParallelConfig, PrecisionConfig, RecoveryConfig, RunConfig
 from megasora.inference.forward import run_forward
 from megasora.inference.requests import Common
 from megasora.inference.sample import Wanted, run_sample
@@ -33,6 +33,7 @@ def gpu_run(run_dir: Path, *, steps: int, parallel: ParallelConfig | None = None
         train=replace(config.train, steps=steps, tensorboard=False),
         evaluation=replace(config.evaluation, interval_steps=changes.pop("eval_steps", 0)),
         checkpoint=replace(config.checkpoint, interval_steps=changes.pop("interval_steps", 0)),
+        recovery=RecoveryConfig(watchdog=False),  # nobody starts a pool's ranks again
         **changes,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megasora import recipes
-from megasora.config.schema import ParallelConfig, RunConfig
+from megasora.config.schema import ParallelConfig, RecoveryConfig, RunConfig
 from megasora.training.run import train
 
 SMALL_STEPS = 10
@@ -30,6 +30,7 @@ def tiny_run(run_dir: Path, *, steps: int, parallel: ParallelConfig, **changes: 
         evaluation=replace(config.evaluation, interval_steps=0),
         checkpoint=replace(config.checkpoint, interval_steps=changes.pop("interval_steps", 0)),
         optimizer=replace(config.optimizer, **changes.pop("optimizer", {})),
+        recovery=RecoveryConfig(watchdog=False),  # nobody starts a pool's ranks again
         **changes,
     )
 

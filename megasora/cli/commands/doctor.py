@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from megasora.cli.endings import Answer
+from megasora.cli.endings import Answer, lines
+from megasora.config.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """What is installed, and what each missing part would bring."""
+    """What is installed, and what each missing part would bring; or, with --run, why a run ended."""
 
+    run: Path | None = None
+    """Folder of a run: explain its last exit, what was saved, and where its time went."""
     json: bool = False
     """Print JSON."""
 
 
 def run(args: Args) -> Answer:
-    """One row a part."""
+    """One row a part; or the last exit of a run."""
+    if args.run is not None:
+        return _explain(args.run)
     rows = [*_packages(), _cuda()]
     return Answer(data=rows, show=lambda: _show(rows))
+
+
+def _explain(run_dir: Path) -> Answer:
+    if not run_dir.is_dir():
+        raise UserError(f"--run {run_dir}: no such folder; a run's folder is its --run_dir, runs/RECIPE without one")
+    from megasora.checkpoint.store import complete_checkpoints
+    from megasora.recovery.report import examine, report_lines
+
+    saved = complete_checkpoints(run_dir / "checkpoints")
+    report = examine(run_dir, saved_step=saved[-1].step if saved else None)
+    return Answer(data=report.data(), show=lines(report_lines(report, run_dir=run_dir)))
 
 
 def _show(rows: list[dict[str, str]]) -> None:

@@ -1,0 +1,273 @@
+"""Finds out that a run hangs, leaves every rank's Python stacks on disk, and ends the process so that the launcher starts it again.
+
+Three ways lead to the verdict, each a daemon thread's look every second:
+- this rank made no step for longer than `HangLimits` allow;
+- a rank's process writes no heartbeat any more (stopped, gone, or its GIL is held): ranks 0 and 1 look after all others, whatever the
+phase;
+- another rank's watchdog has said so, in the file that all look for.
+A rank whose GIL is held runs no thread of ours: faulthandler's own C thread, armed anew at each look, then writes its stacks. A process
+that was itself stopped and goes on (Ctrl-Z, a suspended job) starts to count afresh, and accuses nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from megasora.recovery.folder import RecoveryFolder, read_json
+from megasora.recovery.heartbeat import STEP_PHASES, Heartbeat, Phase, Seat, read_beat
+
+HANG_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: try again."""
+OTHERS_WAIT_S = 5.0
+"""How long a rank with its own stacks on disk waits for those of others."""
+SUSPENDED_S = 5.0
+"""A look that comes so much later than it should means that this process was stopped."""
+PEERS_EVERY_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HangLimits:
+    """How long a rank may stay where it is."""
+
+    factor: float = 10.0
+    """Medians of recent steps without a step."""
+    floor_s: float = 25.0
+    """No step is called hung before; with a look a second and steps of a second, within 30 s of the cause."""
+    first_step_s: float = 900.0
+    """The first step compiles kernels and connects groups."""
+    start_s: float = 3600.0
+    """Until the first step: encoders and weights are loaded."""
+    data_s: float = 145.0
+    """Waiting for clips: a clip whose decoding never ends is given up after data.decode_timeout_s, and the run goes on without it."""
+    save_s: float = 1800.0
+    evaluate_s: float = 3600.0
+    silence_s: float = 20.0
+    """A process that wrote no heartbeat for so long within a step is stopped or gone."""
+    save_silence_s: float = 60.0
+    """The same while saving and evaluating, where pickling and forking hold the GIL for seconds."""
+    start_silence_s: float = 180.0
+    """The same before the first step, where weights are read and the device is initialised."""
+
+    def allowed_s(self, phase: Phase, median_step_s: float | None) -> float:
+        """Longest time in a phase; the median is None before the first step was finished."""
+        floors: dict[Phase, float] = {"start": self.start_s, "save": self.save_s, "evaluate": self.evaluate_s, "data": self.data_s}
+        floor = floors.get(phase, self.floor_s)
+        if median_step_s is None:
+            return max(floor, self.first_step_s)
+        return max(floor, self.factor * median_step_s) if phase in STEP_PHASES else floor
+
+    def silent_s(self, phase: Phase, step: int) -> float:
+        """Longest time without a heartbeat of a process that is in a phase of a step."""
+        if phase == "start" or step == 0:
+            return self.start_silence_s
+        return self.silence_s if phase in STEP_PHASES else self.save_silence_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hang:
+    """The verdict, as the first rank that came to it wrote it down."""
+
+    rank: int
+    """Who says so."""
+    host: str
+    incarnation: int
+    step: int
+    phase: Phase
+    waited_s: float
+    allowed_s: float
+    time: float
+    silent_ranks: list[int]
+    """Ranks whose process wrote no heartbeat any more."""
+
+
+def read_hang(folder: RecoveryFolder, incarnation: int) -> Hang | None:
+    """The verdict on an incarnation; None without one."""
+    record = read_json(folder.hang(incarnation))
+    try:
+        return None if record is None else Hang(**record)
+    except TypeError:  # another version's
+        return None
+
+
+class PeerWatch:
+    """Which ranks' heartbeat files have stopped changing, by this process's own clock (hosts' clocks differ)."""
+
+    def __init__(self, folder: RecoveryFolder, seat: Seat, *, limits: HangLimits) -> None:
+        self._folder, self._seat, self._limits = folder, seat, limits
+        self._seen: dict[int, tuple[float, float]] = {}
+        """rank -> (its stamp, when that was first seen)"""
+
+    def forget(self) -> None:
+        """Count afresh."""
+        self._seen.clear()
+
+    def silent(self, now: float) -> list[int]:
+        """Ranks of this incarnation that have been silent for too long; a rank that has not begun to write is not counted."""
+        found = []
+        for rank in range(self._seat.world_size):
+            beat = None if rank == self._seat.rank else read_beat(self._folder, rank)
+            if beat is None or beat.incarnation != self._seat.incarnation:
+                continue
+            stamp, since = self._seen.get(rank, (0.0, now))
+            if beat.alive != stamp:
+                self._seen[rank] = (beat.alive, now)
+            elif now - since > self._limits.silent_s(beat.phase, beat.step) and not self._folder.exit(beat.incarnation, rank).exists():
+                found.append(rank)
+        return found
+
+
+class Watchdog:
+    """The thread of a rank that looks for hangs.
+
+    Args:
+        heartbeat: this rank's.
+        limits: how long a rank may stay where it is.
+        on_hang: called once, from the thread, before the process ends: write the exit record here.
+        poll_s: time between looks.
+        end: ends the process.
+    """
+
+    def __init__(
+        self,
+        heartbeat: Heartbeat,
+        *,
+        limits: HangLimits,
+        on_hang: Callable[[Hang], None],
+        poll_s: float = 1.0,
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._heartbeat, self._limits, self._on_hang, self._poll_s, self._end = heartbeat, limits, on_hang, poll_s, end
+        self._folder, self._seat, self._clock = heartbeat.folder, heartbeat.seat, heartbeat.clock
+        self._peers = PeerWatch(self._folder, self._seat, limits=limits) if self._seat.rank < 2 else None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="megasora-watchdog", daemon=True)
+        self._stacks: io.TextIOWrapper | None = None
+        self._looked_at = self._resumed_at = self._peers_at = self._clock()
+
+    def start(self) -> None:
+        """Begin to look; fatal signals leave their stacks in the same file from here on."""
+        self._stacks = self._folder.stacks(self._seat.incarnation, self._seat.rank).open("w")
+        self._had_handler = faulthandler.is_enabled()
+        faulthandler.enable(self._stacks)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more; an empty file of stacks goes."""
+        self._stopped.set()
+        if self._stacks is None:
+            return
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.disable()
+        if self._had_handler:
+            faulthandler.enable()
+        self._stacks.close()
+        self._stacks = None
+        path = self._folder.stacks(self._seat.incarnation, self._seat.rank)
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == 0:
+                path.unlink()
+
+    def look(self) -> Hang | None:
+        """One look: the verdict, or None."""
+        now = self._clock()
+        if now - self._looked_at > self._poll_s + SUSPENDED_S:
+            self._resumed_at = now
+            if self._peers is not None:
+                self._peers.forget()
+        self._looked_at = now
+        self._heartbeat.renew()
+        if (hang := read_hang(self._folder, self._seat.incarnation)) is not None:
+            return hang
+        heartbeat = self._heartbeat
+        waited = now - max(heartbeat.beat_at, self._resumed_at)
+        allowed = self._limits.allowed_s(heartbeat.phase, heartbeat.median_step_s)
+        silent = self._silent_peers(now)
+        return self._accuse(waited, allowed, silent) if waited > allowed or silent else None
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._poll_s):
+            assert self._stacks is not None
+            allowed = self._limits.allowed_s(self._heartbeat.phase, self._heartbeat.median_step_s)
+            faulthandler.dump_traceback_later(
+                allowed + 5 * self._poll_s, file=self._stacks
+            )  # not `exit`: the process may only be suspended
+            if (hang := self.look()) is not None:
+                self._give_up(hang)
+                return
+
+    def _silent_peers(self, now: float) -> list[int]:
+        if self._peers is None or now - self._peers_at < PEERS_EVERY_S:
+            return []
+        self._peers_at = now
+        return self._peers.silent(now)
+
+    def _accuse(self, waited_s: float, allowed_s: float, silent: list[int]) -> Hang:
+        """Write the verdict down, unless another rank was first."""
+        beat = self._heartbeat.now()
+        hang = Hang(
+            rank=beat.rank,
+            host=beat.host,
+            incarnation=beat.incarnation,
+            step=beat.step,
+            phase=beat.phase,
+            waited_s=round(waited_s, 1),
+            allowed_s=round(allowed_s, 1),
+            time=time.time(),
+            silent_ranks=silent,
+        )
+        path = self._folder.hang(beat.incarnation)
+        own = path.with_name(f"{path.name}.{beat.rank}")
+        try:
+            own.write_text(json.dumps(asdict(hang)))
+            with contextlib.suppress(FileExistsError):
+                os.link(own, path)  # unlike a rename, does not replace the first verdict
+            own.unlink()
+        except OSError:  # no links here, or no space: the others come to their own verdict
+            return hang
+        return read_hang(self._folder, beat.incarnation) or hang
+
+    def _give_up(self, hang: Hang) -> None:
+        """Leave the stacks, wait for those of the others, end."""
+        assert self._stacks is not None
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        self._stacks.flush()
+        self._on_hang(hang)
+        if hang.rank == self._seat.rank:
+            print(hang_line(hang, run_dir=str(self._folder.path.parent)), file=sys.stderr, flush=True)
+        deadline = self._clock() + OTHERS_WAIT_S
+        while self._clock() < deadline and ranks_without_stacks(self._folder, self._seat):
+            time.sleep(0.1)
+        self._end(HANG_EXIT_CODE)
+
+
+def hang_line(hang: Hang, *, run_dir: str) -> str:
+    """What the first rank that saw the hang prints."""
+    silent = f"; no sign of life from rank {', '.join(map(str, hang.silent_ranks))}" if hang.silent_ranks else ""
+    return (
+        f"megasora: the run hangs: rank {hang.rank} on {hang.host} is in {hang.phase} of step {hang.step} for {hang.waited_s:.0f} s"
+        f"{silent}; stacks are in {run_dir}/recovery; megasora doctor --run {run_dir} explains"
+    )
+
+
+def ranks_without_stacks(folder: RecoveryFolder, seat: Seat) -> list[int]:
+    """Ranks of the seat's world that left no stacks of its incarnation."""
+
+    def size(rank: int) -> int:
+        try:
+            return folder.stacks(seat.incarnation, rank).stat().st_size
+        except OSError:
+            return 0
+
+    return [rank for rank in range(seat.world_size) if not size(rank)]

@@ -1,0 +1,103 @@
+"""Where each rank is in its steps: told to its heartbeat, and timed to find who holds the others up."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megasora.config.schema import RunConfig
+from megasora.parallel.groups import ParallelContext
+from megasora.recovery.evidence import next_incarnation
+from megasora.recovery.folder import RecoveryFolder
+from megasora.recovery.heartbeat import Phase
+from megasora.recovery.sentry import Sentry
+from megasora.recovery.stragglers import PARTS, Part, StepTimer, find_stragglers
+from megasora.recovery.watchdog import HangLimits
+
+Place = Literal["data", "forward_backward", "agree", "optimizer", "save", "evaluate"]
+
+_PHASE: dict[Place, Phase] = {
+    "data": "data",
+    "forward_backward": "forward_backward",
+    "agree": "forward_backward",
+    "optimizer": "optimizer",
+    "save": "save",
+    "evaluate": "evaluate",
+}
+_PART: dict[Place, Part] = {"data": "data", "forward_backward": "compute", "agree": "collectives", "optimizer": "optimizer"}
+
+
+def open_sentry(config: RunConfig, *, context: ParallelContext, run_dir: Path) -> Sentry:
+    """This rank's sentry; rank 0 numbers the start. All ranks call it together, once the run's folder is there."""
+    number: list[Any] = [next_incarnation(RecoveryFolder.of_run(run_dir)) if context.rank == 0 else None]
+    dist.broadcast_object_list(number, src=0)
+    settings = config.recovery
+    limits = HangLimits(
+        factor=settings.hang_factor,
+        floor_s=settings.hang_floor_s,
+        first_step_s=settings.first_step_s,
+        start_s=settings.start_s,
+        data_s=config.data.decode_timeout_s + settings.hang_floor_s,
+        save_s=settings.save_s,
+        evaluate_s=settings.evaluate_s,
+    )
+    return Sentry(
+        run_dir,
+        rank=context.rank,
+        world_size=context.world_size,
+        incarnation=number[0],
+        limits=limits if settings.watchdog else None,
+    )
+
+
+class Vitals:
+    """A rank's places in its steps.
+
+    Args:
+        sentry: of this rank.
+        config: the run.
+        context: this rank's groups; all ranks make theirs together.
+    """
+
+    def __init__(self, sentry: Sentry, *, config: RunConfig, context: ParallelContext) -> None:
+        self.sentry, self.settings, self.context = sentry, config.recovery, context
+        self._timer = StepTimer(record=_device_event if context.device.type == "cuda" else None)
+        self._step = 0
+        self._hosts: list[str] = [""] * context.world_size
+        dist.all_gather_object(self._hosts, socket.gethostname())
+
+    def enter(self, place: Place) -> None:
+        """This rank is at another place of the running step."""
+        self.sentry.beat(self._step, _PHASE[place])
+        self._timer.enter(_PART.get(place))
+
+    def next_step(self, step: int) -> None:
+        """This rank waits for the clips of a step, counted from 1."""
+        self._step = step
+        self.enter("data")
+
+    def after_step(self, step: int) -> list[dict[str, Any]]:
+        """The step and what is due after it are done; the report that is due, as events. All ranks call it together."""
+        self._timer.step()
+        every = self.settings.report_interval_steps
+        if not every or step % every:
+            return []
+        own = torch.tensor(self._timer.take(), dtype=torch.float64, device=self.context.device)
+        times = own.new_empty(self.context.world_size * len(PARTS))
+        dist.all_gather_into_tensor(times, own)
+        goodput = self.sentry.goodput()
+        if goodput is None:  # rank 0 reports
+            return []
+        found = find_stragglers(times.view(-1, len(PARTS)).tolist(), self._hosts, factor=self.settings.straggler_factor)
+        slow = [{"event": "straggler", **straggler.data(), "said": straggler.line()} for straggler in found]
+        return [{"event": "goodput", **goodput.data()}, *slow]
+
+
+def _device_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

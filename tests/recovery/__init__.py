@@ -1,0 +1,1 @@
+"""Ranks that die, hang and come back: real processes on gloo."""

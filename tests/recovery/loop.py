@@ -1,0 +1,78 @@
+"""Training without a model: gloo ranks that add up a number a step, saved every second step and watched as training is.
+
+`python -m tests.recovery.loop RUN_DIR STEPS STEP_S [FAULTS]`; FAULTS are `kind:rank:step`, one an incarnation, with commas between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megasora.cli.endings import leave
+from megasora.config.errors import UserError
+from megasora.recovery.evidence import next_incarnation
+from megasora.recovery.folder import RecoveryFolder, write_json
+from megasora.recovery.sentry import Sentry
+from megasora.recovery.watchdog import HangLimits
+
+LIMITS = HangLimits(floor_s=4.0, data_s=4.0, first_step_s=6.0, silence_s=4.0, save_silence_s=10.0)
+
+
+def fail(fault: str, step: int) -> None:
+    """What goes wrong on this rank in this step."""
+    kind, rank, at = (*fault.split(":"), "", "")[:3]
+    if not kind or (int(rank), int(at)) != (dist.get_rank(), step):
+        return
+    if kind == "raise":
+        raise ValueError("a clip of this rank is broken")
+    if kind == "mistake":
+        raise UserError("a setting is wrong; use another")
+    if kind == "hold":
+        ctypes.PyDLL(None).sleep(60)  # keeps the GIL
+    if kind == "sleep":
+        time.sleep(60)
+    if kind == "crash":
+        ctypes.string_at(0)
+
+
+def train(sentry: Sentry, run_dir: Path, *, steps: int, step_s: float, fault: str) -> None:
+    """Sum of rank + step, over ranks and steps."""
+    state = json.loads((run_dir / "state.json").read_text()) if (run_dir / "state.json").exists() else {"step": 0, "total": 0.0}
+    for step in range(state["step"] + 1, steps + 1):
+        sentry.beat(step, "data")
+        sentry.batch([f"clip{step}"])
+        sentry.beat(step, "forward_backward")
+        time.sleep(step_s)
+        fail(fault, step)
+        number = torch.tensor([float(step + dist.get_rank())], dtype=torch.float64)
+        dist.all_reduce(number)
+        sentry.beat(step, "optimizer")
+        state = {"step": step, "total": state["total"] + number.item()}
+        if step % 2 == 0 or step == steps:
+            sentry.beat(step, "save")
+            if dist.get_rank() == 0:
+                write_json(run_dir / "state.json", state)
+
+
+def main(words: list[str]) -> None:
+    run_dir, steps, step_s, faults = Path(words[0]), int(words[1]), float(words[2]), (*words[3:], "")[0].split(",")
+    dist.init_process_group("gloo")
+    number: list[Any] = [next_incarnation(RecoveryFolder.of_run(run_dir)) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(number)
+    try:
+        with Sentry(run_dir, rank=dist.get_rank(), world_size=dist.get_world_size(), incarnation=number[0], limits=LIMITS) as sentry:
+            train(sentry, run_dir, steps=steps, step_s=step_s, fault="".join(faults[number[0] - 1 : number[0]]))
+            dist.barrier()
+    except UserError:
+        leave(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,73 @@
+"""Two ranks under their supervisors, and what can happen to them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from megasora.recovery.evidence import read_evidence
+from megasora.recovery.folder import RecoveryFolder
+from megasora.recovery.postmortem import Cause, first_cause
+from tests.recovery.worlds import await_beat, endings, started, total, until
+
+STEPS = 10
+STATE = {"step": STEPS, "total": float(2 * sum(range(1, STEPS + 1)) + STEPS)}
+pytestmark = pytest.mark.slow
+
+
+def supervised(run_dir: Path, *, faults: str = "", step_s: float = 0.3) -> list[str]:
+    return ["tests.recovery.supervise", str(run_dir), str(STEPS), str(step_s), faults]
+
+
+def cause(run_dir: Path, incarnation: int) -> Cause:
+    return first_cause(read_evidence(RecoveryFolder.of_run(run_dir), incarnation), now=time.time())
+
+
+def test_each_death_is_explained_and_the_run_finishes(tmp_path: Path) -> None:
+    """Two restarts are allowed without a step in between; three deaths, each further on, take none of them."""
+    folder = RecoveryFolder.of_run(tmp_path)
+    with started(supervised(tmp_path, faults="raise:1:4,hold:1:6,sleep:0:8")) as world:
+        ends = endings(world)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert total(tmp_path) == STATE
+    raised, held, slept = (cause(tmp_path, number) for number in (1, 2, 3))
+    assert (raised.kind, raised.rank, raised.step, raised.samples, raised.secondary) == ("exception", 1, 4, ["clip4"], 1)
+    assert raised.what == "ValueError: a clip of this rank is broken"
+    assert "megasora supervise: rank 1 on" in ends[0][1] and "a clip of this rank is broken at step 4" in ends[0][1]
+    assert (held.kind, held.rank) == ("hang", 1)
+    assert "in fail" in folder.stacks(2, 1).read_text(), "from the C thread: the GIL was held"
+    assert "all_reduce" in folder.stacks(2, 0).read_text()
+    assert (slept.kind, slept.stackless) == ("hang", [])
+    assert "in fail" in folder.stacks(3, 0).read_text()
+
+
+def test_a_mistake_is_not_restarted(tmp_path: Path) -> None:
+    with started(supervised(tmp_path, faults="mistake:1:4")) as world:
+        ends = endings(world)
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert not RecoveryFolder.of_run(tmp_path).exit(2, 0).exists()
+    assert cause(tmp_path, 1).kind == "mistake"
+
+
+def test_a_rank_that_dies_before_its_first_step_uses_the_budget_up(tmp_path: Path) -> None:
+    with started(["tests.recovery.supervise", str(tmp_path), "no number", "1"], ranks=1) as world:
+        ((code, errors),) = endings(world)
+    assert code == 1
+    assert errors.count("ValueError: invalid literal") == 3
+    assert "no restart is left without a new step" in errors
+
+
+def test_a_rank_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
+    with started(supervised(tmp_path, step_s=60.0)) as world:
+        beat = await_beat(tmp_path, 1, step=1)
+        world[1].kill()
+        until(lambda: True if _gone(beat.pid) else None, within_s=10)
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True

@@ -1,0 +1,138 @@
+"""`megasora train` survives: killed and stopped ranks come back, under `supervise` and torchrun, and no loss changes by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megasora.config.io import save_yaml
+from megasora.config.schema import ParallelConfig, RecoveryConfig, RunConfig
+from megasora.recovery.folder import RecoveryFolder
+from tests.parallel.runs import metrics, tiny_run, train_on_rank
+from tests.pool import RankPool
+from tests.recovery.worlds import ROOT, await_beat, endings, free_port, send, started, until
+
+STEPS = 24
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def run_of(run_dir: Path) -> RunConfig:
+    config = tiny_run(run_dir, steps=STEPS, parallel=ParallelConfig(), interval_steps=5)
+    return replace(config, recovery=RecoveryConfig(hang_floor_s=15.0, report_interval_steps=10))
+
+
+@pytest.fixture(scope="module")
+def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """Assets and losses of a run that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    config = run_of(run_dir)
+    pool.run(2, train_on_rank, replace(config, recovery=replace(config.recovery, watchdog=False)))
+    return run_dir / "assets", losses(run_dir)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, alone: tuple[Path, list[float]]) -> Path:
+    """Folder of a run that has its assets."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "assets").symlink_to(alone[0])
+    save_yaml(run_of(folder), tmp_path / "given.yaml")
+    return folder
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run_dir)]
+
+
+def words(run_dir: Path) -> list[str]:
+    return ["train", str(run_dir.parent / "given.yaml")]
+
+
+def doctor(run_dir: Path) -> dict[str, Any]:
+    answer = subprocess.run(
+        [sys.executable, "-m", "megasora", "doctor", "--run", str(run_dir), "--json"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    data: dict[str, Any] = json.loads(answer.stdout)
+    return data
+
+
+def found(path: Path) -> Callable[[], Path | None]:
+    return lambda: path if path.exists() else None
+
+
+def test_a_killed_and_a_stopped_rank_cost_no_more_than_time(run_dir: Path, alone: tuple[Path, list[float]]) -> None:
+    folder = RecoveryFolder.of_run(run_dir)
+    with started(["megasora", "supervise", "--backoff_s", "1", "--", *words(run_dir)]) as world:
+        send(await_beat(run_dir, 1, step=6), signal.SIGKILL)
+        stopped = send(await_beat(run_dir, 1, step=11, incarnation=2), signal.SIGSTOP)
+        hang = until(found(folder.hang(2)), within_s=90)
+        waited = hang.stat().st_mtime - stopped
+        ends = endings(world, within_s=400)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert losses(run_dir) == alone[1]
+    assert waited < 30
+    assert "all_reduce" in folder.stacks(2, 0).read_text() or "all_gather" in folder.stacks(2, 0).read_text()
+    report = doctor(run_dir)
+    assert report["cause"]["kind"] == "finished"
+    assert [(cause["kind"], cause["rank"]) for cause in report["earlier"]] == [("killed", 1), ("hang", 1)]
+    assert report["earlier"][0]["what"] == "ended by SIGKILL"
+    assert report["earlier"][1]["stackless"] == [1]
+    assert report["goodput"]["incarnations"] == 3
+    assert report["goodput"]["restarts_s"] > waited
+
+
+def test_torchrun_brings_a_killed_rank_back(run_dir: Path, alone: tuple[Path, list[float]]) -> None:
+    launcher = ["--nproc-per-node", "2", "--max-restarts", "2", "--master-port", str(free_port()), "-m", "megasora", *words(run_dir)]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *launcher],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        send(await_beat(run_dir, 1, step=6), signal.SIGKILL)
+        ((code, errors),) = endings([process], within_s=400)
+    finally:
+        process.terminate()
+        process.wait()
+    assert code == 0, errors
+    assert losses(run_dir) == alone[1]
+    (killed,) = doctor(run_dir)["earlier"]
+    assert (killed["kind"], killed["rank"], killed["secondary"]) == ("killed", 1, 1)
+    assert "left no record" in killed["what"]
+
+
+def test_a_signal_to_the_supervisor_saves_and_ends_the_run(run_dir: Path) -> None:
+    with started(["megasora", "supervise", "--", *words(run_dir)], ranks=1) as world:
+        await_beat(run_dir, 0, step=3)
+        world[0].send_signal(signal.SIGTERM)
+        ((code, errors),) = endings(world)
+    assert code == 0, errors
+    last = metrics(run_dir)[-1]
+    assert last["step"] < STEPS
+    assert [event["event"] for event in last["events"]][-2:] == ["checkpoint", "stop"]
+    report = doctor(run_dir)
+    assert (report["cause"]["kind"], report["cause"]["what"]) == ("stopped", "asked to stop by SIGTERM")
+    assert report["saved_step"] == last["step"]
+    assert report["lost_steps"] == 0
+
+
+def test_a_mistake_is_said_once_and_not_restarted(run_dir: Path) -> None:
+    wrong = [*words(run_dir), "--parallel.tensor_model_parallel_size", "3"]
+    began = time.monotonic()
+    with started(["megasora", "supervise", "--backoff_s", "600", "--", *wrong]) as world:
+        ends = endings(world)
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert sum(errors.count("megasora: error:") for _, errors in ends) == 1
+    assert time.monotonic() - began < 600

@@ -1,0 +1,145 @@
+"""A hang is what lasts longer than such a phase may; a process that was suspended accuses nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megasora.recovery.folder import RecoveryFolder, write_json
+from megasora.recovery.heartbeat import Heartbeat, Seat
+from megasora.recovery.watchdog import Hang, HangLimits, PeerWatch, Watchdog, read_hang
+from tests.unit.recovery.test_heartbeat import Clock
+
+LIMITS = HangLimits()
+
+
+def seat(rank: int) -> Seat:
+    return Seat(rank=rank, world_size=4, incarnation=1, host="a", pid=100 + rank)
+
+
+def watchdog(folder: RecoveryFolder, clock: Clock, rank: int = 2) -> tuple[Heartbeat, Watchdog]:
+    heartbeat = Heartbeat(folder, seat(rank), clock=clock)
+    return heartbeat, Watchdog(heartbeat, limits=LIMITS, on_hang=lambda hang: None)
+
+
+def look_for(seconds: int, dog: Watchdog, clock: Clock) -> Hang | None:
+    """Looks of every second."""
+    for _ in range(seconds):
+        clock.now += 1
+        if (hang := dog.look()) is not None:
+            return hang
+    return None
+
+
+def test_limits_follow_the_phase_and_the_pace() -> None:
+    assert LIMITS.allowed_s("forward_backward", 1.0) == 25.0
+    assert LIMITS.allowed_s("optimizer", 30.0) == 300.0
+    assert LIMITS.allowed_s("data", 1.0) == 145.0
+    assert LIMITS.allowed_s("save", 1.0) == 1800.0
+    assert LIMITS.allowed_s("forward_backward", None) == 900.0
+    assert LIMITS.allowed_s("start", None) == 3600.0
+
+
+def test_a_step_of_a_second_is_found_hung_within_thirty(tmp_path: Path) -> None:
+    clock = Clock()
+    heartbeat, dog = watchdog(RecoveryFolder(tmp_path), clock)
+    heartbeat.beat(1, "forward_backward")
+    clock.now += 1
+    heartbeat.beat(2, "forward_backward")
+    began = clock.now
+    hang = look_for(60, dog, clock)
+    assert hang is not None and (hang.rank, hang.step, hang.phase) == (2, 2, "forward_backward")
+    assert clock.now - began < 30
+
+
+def test_a_beat_starts_the_count_again(tmp_path: Path) -> None:
+    clock = Clock()
+    heartbeat, dog = watchdog(RecoveryFolder(tmp_path), clock)
+    heartbeat.beat(1, "data")
+    for step in range(2, 8):
+        heartbeat.beat(step, "data")
+        assert look_for(20, dog, clock) is None
+
+
+def test_all_ranks_read_the_first_verdict(tmp_path: Path) -> None:
+    clock, folder = Clock(), RecoveryFolder(tmp_path)
+    dogs = {}
+    for rank in (2, 3):
+        heartbeat, dogs[rank] = watchdog(folder, clock, rank)
+        heartbeat.beat(1, "optimizer")
+        heartbeat.beat(2, "optimizer")
+    first = look_for(60, dogs[2], clock)
+    assert first is not None
+    assert dogs[3].look() == first
+    assert read_hang(folder, 1) == first
+    assert read_hang(folder, 2) is None
+
+
+def test_a_suspended_process_counts_afresh(tmp_path: Path) -> None:
+    clock = Clock()
+    heartbeat, dog = watchdog(RecoveryFolder(tmp_path), clock)
+    heartbeat.beat(1, "forward_backward")
+    heartbeat.beat(2, "forward_backward")
+    look_for(5, dog, clock)
+    clock.now += 3600  # Ctrl-Z, or the job was suspended
+    assert look_for(20, dog, clock) is None
+    assert look_for(10, dog, clock) is not None
+
+
+def beat_file(folder: RecoveryFolder, rank: int, *, alive: float, phase: str = "forward_backward") -> None:
+    record = {
+        "rank": rank,
+        "world_size": 4,
+        "incarnation": 1,
+        "host": "b",
+        "pid": 1,
+        "step": 3,
+        "phase": phase,
+        "time": 0.0,
+        "alive": alive,
+    }
+    write_json(folder.heartbeat(rank), record)
+
+
+def test_a_process_that_writes_no_more_is_named_by_this_hosts_clock(tmp_path: Path) -> None:
+    folder = RecoveryFolder(tmp_path)
+    peers = PeerWatch(folder, seat(0), limits=LIMITS)
+    for now in range(0, 40, 2):
+        beat_file(folder, 1, alive=1e9)  # its host's clock is of no interest, only that the stamp stands still
+        beat_file(folder, 2, alive=5.0 + now)
+        beat_file(folder, 3, alive=7.0, phase="save")
+        silent = peers.silent(float(now))
+    assert silent == [1]
+
+
+def test_a_rank_that_left_a_record_is_not_silent(tmp_path: Path) -> None:
+    folder = RecoveryFolder(tmp_path)
+    peers = PeerWatch(folder, seat(0), limits=LIMITS)
+    beat_file(folder, 1, alive=1.0)
+    folder.exit(1, 1).write_text("{}")
+    assert not peers.silent(0.0)
+    assert not peers.silent(100.0)
+
+
+def test_stacks_and_record_are_left_before_the_end(tmp_path: Path) -> None:
+    folder = RecoveryFolder(tmp_path)
+    heartbeat = Heartbeat(folder, Seat(rank=0, world_size=1, incarnation=1, host="a", pid=1))
+    seen: list[object] = []
+    limits = HangLimits(floor_s=0.0, factor=0.0)
+    dog = Watchdog(heartbeat, limits=limits, on_hang=seen.append, poll_s=0.02, end=seen.append)
+    heartbeat.beat(1, "optimizer")
+    heartbeat.beat(2, "optimizer")
+    dog.start()
+    while len(seen) < 2:
+        heartbeat.clock()
+    dog.stop()
+    assert isinstance(seen[0], Hang) and seen[1] == 75
+    assert "test_stacks_and_record_are_left_before_the_end" in folder.stacks(1, 0).read_text()
+
+
+def test_a_watchdog_that_found_nothing_leaves_nothing(tmp_path: Path) -> None:
+    folder = RecoveryFolder(tmp_path)
+    heartbeat = Heartbeat(folder, Seat(rank=0, world_size=1, incarnation=1, host="a", pid=1))
+    dog = Watchdog(heartbeat, limits=LIMITS, on_hang=lambda hang: None, poll_s=0.02)
+    dog.start()
+    dog.stop()
+    assert not folder.stacks(1, 0).exists()
