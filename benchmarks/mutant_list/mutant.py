@@ -84,3 +84,7 @@ def inspect_test(name: str) -> tuple[str, ...]:
 
 def parity_test(name: str) -> tuple[str, ...]:
     return (f"{PARITY}[{name}]",)
+
+
+GUARD = ("tests/unit/training/test_guard.py", "tests/parallel/test_guard.py")
+QUARANTINE = (f"{DATA}/test_quarantine.py",)
