@@ -50,11 +50,12 @@ class HangLimits:
     """Waiting for clips: a clip whose decoding never ends is given up after data.decode_timeout_s, and the run goes on without it."""
     save_s: float = 1800.0
     evaluate_s: float = 3600.0
-    silence_s: float = 20.0
-    """A process that wrote no heartbeat for so long within a step is stopped or gone."""
-    save_silence_s: float = 60.0
-    """The same while saving and evaluating, where pickling and forking hold the GIL for seconds."""
-    start_silence_s: float = 180.0
+    silence_s: float = 120.0
+    """A process that wrote no heartbeat for so long is stopped or gone. Within a step the step's own limit notices sooner; a file that
+    another host renames may be seen a minute late (NFS caches a folder's names up to acdirmax, 60 s by default)."""
+    save_silence_s: float = 180.0
+    """The same while saving and evaluating, where pickling holds the GIL for seconds."""
+    start_silence_s: float = 300.0
     """The same before the first step, where weights are read and the device is initialised."""
 
     def allowed_s(self, phase: Phase, median_step_s: float | None) -> float:

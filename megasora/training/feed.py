@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -115,6 +115,7 @@ class Feeder:
         dtype: activations of the model.
         left_out: positions of the sampler whose step is passed over.
         quarantine: clips that are not decoded.
+        on_exchange: called when this rank's clips are there and those of the others are waited for.
     """
 
     def __init__(
@@ -132,12 +133,13 @@ class Feeder:
         cache: Cache | None = None,
         left_out: Collection[SamplerState] = (),
         quarantine: Quarantine | None = None,
+        on_exchange: Callable[[], object] = lambda: None,
     ) -> None:
         assert (cache is None) == (config.data.cache is None), (
             "a run with data.cache opens it (prerequisites.open_training_cache) and passes it"
         )
         self.clips, self.config, self.context, self.dtype = clips, config, context, dtype
-        self._left_out = frozenset(left_out)
+        self._left_out, self._on_exchange = frozenset(left_out), on_exchange
         self._tokens = [clip.tokens for clip in clips]
         self._planned: deque[_Planned] = deque()
         self._weights = {field.name: float(getattr(config.condition, field.name)) for field in fields(config.condition)}
@@ -159,6 +161,7 @@ class Feeder:
     def __iter__(self) -> Iterator[StepBatch]:
         """Steps until last_step."""
         for step in self._encode() if self._ahead is None else self._ahead:
+            self._on_exchange()
             everything = self._exchange(step.planned, step.clips)
             weights = _weights(everything)
             plan = step.planned.plan

@@ -274,6 +274,7 @@ class Trainer:
             dtype=self._dtype,
             left_out=self.guard.left_out,
             quarantine=self._quarantine,
+            on_exchange=lambda: self.vitals.enter("agree"),  # who waits here waits for a rank, not for a decoder
         )
 
     def _open_quarantine(self, folder: Path) -> Quarantine:
