@@ -18,7 +18,7 @@ from megasora.cli.parsing import parse
 from megasora.config.schema import RunConfig
 from tests.slurm.cluster import Cluster
 
-STEPS = 20
+STEPS = 40
 SETTINGS = shlex.split(
     "--device cpu --model.num_double_blocks 2 --model.num_single_blocks 2 --model.hidden_size 64 --model.ffn_hidden_size 256 "
     "--model.axes_dim 2 2 4 --data.global_tokens 300 --evaluation.interval_steps 0 --checkpoint.interval_steps 0 --train.no_tensorboard"
@@ -86,6 +86,10 @@ class Jobs:
     def wait_for_step(self, step: int) -> None:
         """Wait until the run has done a step."""
         self.wait(lambda: any(record["step"] >= step for record in self.metrics()), f"step {step}")
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until a checkpoint is complete; a step that asked for one may be over before."""
+        self.wait(lambda: store.complete_checkpoints(self.run_dir / "checkpoints"), "a checkpoint")
 
     def wait_for_state(self, number: int, *states: str) -> dict[str, str]:
         """Wait until a job is in one of some states."""

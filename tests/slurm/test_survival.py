@@ -10,6 +10,8 @@ import pytest
 from tests.slurm.jobs import STEPS, Jobs
 
 pytestmark = pytest.mark.slow
+SAVES = ("--checkpoint.interval_steps", "8", "--checkpoint.no_asynchronous")
+"""At step 8, before step 9: in a run of seconds the thread that writes beside it may come to its end too late to be killed after."""
 
 
 def test_a_warned_run_goes_on_with_other_nodes_on_the_same_curve(jobs: Jobs) -> None:
@@ -43,12 +45,12 @@ def test_a_preempted_run_saves_and_is_requeued(jobs: Jobs) -> None:
 
 
 def test_a_rank_that_is_killed_costs_one_restart(jobs: Jobs) -> None:
-    number = jobs.start("--checkpoint.interval_steps", "8", nodes=2)
-    jobs.wait_for_step(9)
+    number = jobs.start(*SAVES, nodes=2)
+    jobs.wait_for_checkpoint()
     jobs.kill_a_rank()
     assert jobs.wait_for_state(number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
     assert "requeued" in jobs.log(number) and "crash (exit code 137)" in jobs.log(number)
-    assert jobs.restarts_from() in ([8], [16])
+    assert len(restarts := jobs.restarts_from()) == 1 and restarts[0] in range(8, STEPS, 8)
     jobs.assert_straight()
 
 
@@ -70,8 +72,8 @@ def test_a_cancelled_job_stays_cancelled(jobs: Jobs) -> None:
 
 def test_a_failed_node_is_left_behind(jobs: Jobs) -> None:
     """Slurm requeues the job; the next attempt trains within a minute of the node being down."""
-    number = jobs.start("--checkpoint.interval_steps", "8", nodes=2)
-    jobs.wait_for_step(9)
+    number = jobs.start(*SAVES, nodes=2)
+    jobs.wait_for_checkpoint()
     nodes = jobs.cluster.job(number)["NodeList"]
     failed = "n2" if nodes == "n[1-2]" else "n3"
     jobs.cluster.fail_node(failed)
@@ -88,12 +90,12 @@ def test_a_failed_node_is_left_behind(jobs: Jobs) -> None:
 
 
 def test_torchrun_starts_a_killed_rank_again_in_place(jobs: Jobs) -> None:
-    number = jobs.start("--checkpoint.interval_steps", "8", ranks_per_node=2, render=("--launcher", "torchrun"))
-    jobs.wait_for_step(9)
+    number = jobs.start(*SAVES, ranks_per_node=2, render=("--launcher", "torchrun"))
+    jobs.wait_for_checkpoint()
     jobs.kill_a_rank()
     job = jobs.wait_for_state(number, "COMPLETED", "FAILED")
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0")
-    assert jobs.restarts_from() in ([8], [16])
+    assert len(restarts := jobs.restarts_from()) == 1 and restarts[0] in range(8, STEPS, 8)
     jobs.assert_straight()
 
 
