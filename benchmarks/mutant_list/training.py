@@ -323,11 +323,4 @@ MUTANTS = (
         "self._waiting.extend(tasks)",
         QUARANTINE,
     ),
-    Mutant(
-        "what a dead process was decoding is forgotten",
-        "megasora/data/quarantine.py",
-        "dict.fromkeys(died, DIED))",
-        "{})",
-        QUARANTINE,
-    ),
 )

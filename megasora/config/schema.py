@@ -196,8 +196,8 @@ class DataConfig:
     decode_timeout_s: float = 120.0
     """A clip that takes longer is skipped (weight 0), and a thread that hangs in it is replaced."""
     quarantine_after: int = 3
-    """Failures, over epochs and restarts, after which a clip is not decoded any more: it then costs its step a clip, but no time. A process
-    that dies counts as a failure of what it was decoding. 0 tries for ever."""
+    """Failures, over epochs and restarts, after which a clip is not decoded any more: it then costs its step a clip, but no time.
+    0 tries for ever."""
     prefetch_steps: int = 2
     """Steps whose clips are decoded ahead."""
     encode_ahead: bool | None = None

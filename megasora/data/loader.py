@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,8 +113,6 @@ class ClipLoader:
             self._closed = True
             self._waiting.clear()
             self._changed.notify_all()
-        if self._quarantine is not None:
-            self._quarantine.close()
 
     def _fill(self) -> None:
         while len(self._queue) < self._ahead:
@@ -191,11 +188,6 @@ class ClipLoader:
         self._changed.notify_all()
 
     def _decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
-        noted = self._quarantine.decoding([request.clip_id for request in requests]) if self._quarantine is not None else nullcontext()
-        with noted:
-            return self._decode_noted(requests)
-
-    def _decode_noted(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
         try:
             if self._batches is None:
                 return [self._decoder.decode(request) if self._give == "float" else self._decoder.pixels(request) for request in requests]

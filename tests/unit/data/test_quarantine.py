@@ -1,4 +1,4 @@
-"""Clips that fail are tried a few times over a run's life, also those that end the process."""
+"""Clips that fail are tried a few times over a run's life."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megasora.data.decoding.contract import DecodeError, DecodeRequest
 from megasora.data.loader import ClipLoader
-from megasora.data.quarantine import DIED, Failures, Quarantine, read_failures
+from megasora.data.quarantine import Failures, Quarantine, read_failures
 
 
 class Decoder:
@@ -70,30 +70,7 @@ def test_with_a_limit_of_0_everything_is_tried(tmp_path: Path) -> None:
     assert asked == ["bad"] * 5
 
 
-def test_what_a_process_was_decoding_when_it_died_counts_as_failed(tmp_path: Path) -> None:
-    running = []  # as long as they are held
-    for death in (1, 2):
-        quarantine = opened(tmp_path, rank=death)  # the run may go on with other ranks
-        assert quarantine.reason("fine") is quarantine.reason("killer") is None
-        with quarantine.decoding(["fine"]):
-            pass
-        running.append(quarantine.decoding(["killer"]))
-        running[-1].__enter__()
-    assert read_failures(tmp_path) == {"killer": Failures(count=2, last_reason=DIED)}
-    assert opened(tmp_path).reason("killer") == f"in quarantine after 2 failures, the last: {DIED}"
-
-
-def test_what_runs_on_when_decoding_is_closed_is_not_to_blame(tmp_path: Path) -> None:
-    quarantine = opened(tmp_path)
-    slow = quarantine.decoding(["slow"])
-    slow.__enter__()
-    quarantine.close()
-    slow.__exit__(None, None, None)
-    assert read_failures(tmp_path) == {}
-
-
 def test_lines_that_a_crash_cut_off_are_passed_over(tmp_path: Path) -> None:
     opened(tmp_path).failed("a", "no frames")
     (tmp_path / "failures_00000.jsonl").open("a").write('{"clip": "b", "rea')
-    (tmp_path / "decoding_00003.json").write_text('["c", "d')
     assert read_failures(tmp_path) == {"a": Failures(count=1, last_reason="no frames")}
