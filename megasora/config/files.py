@@ -1,12 +1,14 @@
-"""Files and folders that appear under their name only when they are whole, and names that are taken already."""
+"""Files and folders that appear under their name only when they are whole, names that are taken already, lines that may be cut off."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from megasora.config.errors import UserError
 
@@ -33,6 +35,13 @@ def written_whole(path: Path, *, sync: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         _remove(temporary)
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    """Values of a file with one on each line, in order; a line that a crash cut off is passed over. Nothing where there is no file."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def refuse_existing(path: Path, *, cure: str) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megasora.config.files import json_lines
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failures:
@@ -24,21 +26,13 @@ def read_failures(folder: Path) -> dict[str, Failures]:
     """Failures by clip, from all ranks' files."""
     found: dict[str, Failures] = {}
     for file in sorted(folder.glob("failures_*.jsonl")):
-        for line in file.read_text().splitlines():
+        for record in json_lines(file):
             try:
-                record = json.loads(line)
                 clip, reason = str(record["clip"]), str(record["reason"])
-            except (ValueError, KeyError, TypeError):  # a line that a crash cut off
+            except (KeyError, TypeError):
                 continue
             found[clip] = Failures(count=found[clip].count + 1 if clip in found else 1, last_reason=reason)
     return found
-
-
-def _append(file: Path, reasons: Mapping[str, str]) -> None:
-    if reasons:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as out:
-            out.writelines(json.dumps({"clip": clip, "reason": reason}) + "\n" for clip, reason in reasons.items())
 
 
 class Quarantine:
@@ -70,4 +64,5 @@ class Quarantine:
         with self._lock:
             count = self._known[clip].count if clip in self._known else 0
             self._known[clip] = Failures(count=count + 1, last_reason=reason)
-            _append(self._failures_file, {clip: reason})
+            with self._failures_file.open("a") as file:
+                file.write(json.dumps({"clip": clip, "reason": reason}) + "\n")

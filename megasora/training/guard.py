@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megasora.config.files import json_lines
 from megasora.config.schema import GuardConfig
 from megasora.data.plan import SamplerState
 
@@ -127,10 +128,10 @@ class Guard:
 def read_left_out(path: Path) -> list[LeftOut]:
     """What a run has passed over so far; lines that a crash cut off are passed over too."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for record in json_lines(path):
         try:
-            found.append(LeftOut.of(json.loads(line)))
-        except (ValueError, KeyError, TypeError):
+            found.append(LeftOut.of(record))
+        except (KeyError, TypeError):
             continue
     return found
 
