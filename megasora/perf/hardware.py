@@ -54,6 +54,8 @@ class Rates:
     """Bytes of an operation -> bytes/s that it reads and writes."""
     adam: float
     """Bytes/s of the optimizer's update."""
+    encoder: float = 0.0
+    """FLOP/s of the autoencoder and the text encoders; 0: their time is not known."""
     source: str
 
 

@@ -1,7 +1,8 @@
 """Profiles of GPUs and networks. Data sheets give peaks; rates were measured where a source says so, otherwise scaled by what it names.
 
 Measured on an H100 (benchmarks/results/2026-11-27_gpu_h100.md, torch 2.11, Transformer Engine 2.11, megasora's fused kernels): products at
-729 TFLOP/s of 54k rows, TE's attention 563 to 603 forward and 520 backward, memory-bound kernels at 2.6 TB/s, Adam at 1.86 TB/s.
+729 TFLOP/s of 54k rows, TE's attention 563 to 603 forward and 520 backward, memory-bound kernels at 2.6 TB/s, Adam at 1.94 TB/s, the
+HunyuanVideo VAE at 168 TFLOP/s (129 frames of 256 x 256: 79.2 TFLOP in 0.472 s).
 What no machine of ours measured (FP8 beyond that table, other GPUs, every network) is scaled from those rates and the data sheets, and says
 so.
 """
@@ -35,7 +36,8 @@ _H100_RATES = Rates(
     attention_forward=H100_FORWARD,
     attention_backward=H100_BACKWARD,
     memory=H100_MEMORY,
-    adam=1.86e12,
+    adam=1.94e12,
+    encoder=168e12,
     source="benchmarks/results/2026-11-27_gpu_h100.md at 53,760 and 76,544 tokens; smaller sizes chosen, see megasora/perf/profiles.py",
 )
 NVLINK4 = Link(
@@ -77,6 +79,7 @@ def _scaled(base: Hardware, *, compute: float, memory: float, source: str) -> Ra
         attention_backward=times(rates.attention_backward, compute),
         memory=times(rates.memory, memory),
         adam=rates.adam * memory,
+        encoder=rates.encoder * compute,
         source=source,
     )
 
@@ -186,7 +189,6 @@ def named(name: str) -> Hardware:
         elif key == "price" and value.replace(".", "", 1).isdecimal():
             hardware = replace(hardware, dollars_per_gpu_hour=float(value))
         else:
-            raise UserError(
-                f"{name}: {change!r} changes nothing of a profile; there are {', '.join(f'ib{speed}' for speed in INFINIBAND)} and price=DOLLARS"
-            )
+            networks = ", ".join(f"ib{speed}" for speed in INFINIBAND)
+            raise UserError(f"{name}: {change!r} changes nothing of a profile; there are {networks} and price=DOLLARS")
     return dataclasses.replace(hardware, name=name)
