@@ -7,7 +7,9 @@ buffers, fragmentation; a data sheet's 141 GB leave about 8 GB of an H200 for th
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
+from functools import cache, partial
 
 from megasora.config.context_split import ulysses_factor
 from megasora.config.pack_tokens import FP8_ROW_MULTIPLE, PackTokens, fullest_pack
@@ -223,7 +225,7 @@ def _chunk_bytes(config: RunConfig, stage: int, chunk: int, tokens: int, *, samp
     """Bytes that one forward pass of a chunk keeps."""
     model, number = config.model, _number_bytes(config)
     modes = block_modes(model, config.parallel, stage=stage, chunk=chunk)
-    blocks = sum(block_bytes(config, double=double, mode=mode, samples=samples) for double, mode in modes)
+    blocks = sum(count * block_bytes(config, double=double, mode=mode, samples=samples) for (double, mode), count in Counter(modes).items())
     first = stage == 0 and chunk == 0
     last = stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == config.parallel.num_model_chunks - 1
     received = 0 if first or modes[0][0] else 1  # double blocks take views of the message, single ones a copy
@@ -249,17 +251,23 @@ def block_modes(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chu
     return modes
 
 
+def _block_bytes_of(config: RunConfig, samples: int, double: bool, mode: str) -> float:
+    """`block_bytes` by position, to be remembered for a kind of block."""
+    return block_bytes(config, double=double, mode=mode, samples=samples)
+
+
 def _working_set(config: RunConfig, stage: int, tokens: int, *, samples: int) -> float:
     """Bytes on top of everything kept at the worst moment of a backward pass: it starts with the last block, and frees what each kept."""
     model, parallel = config.model, config.parallel
     number, tp = _number_bytes(config), parallel.tensor_model_parallel_size
     one = tokens * model.hidden_size * number
     worst = 0.0
+    of_block = cache(partial(_block_bytes_of, config, samples))
     for chunk in range(parallel.num_model_chunks):
         freed = 0.0
         for double, mode in reversed(block_modes(model, parallel, stage=stage, chunk=chunk)):
-            kept = tokens * block_bytes(config, double=double, mode=mode, samples=samples)
-            again = tokens * block_bytes(config, double=double, mode="none", samples=samples) - kept
+            kept = tokens * of_block(double, mode)
+            again = tokens * of_block(double, "none") - kept
             weights = double_block_parameters(model) if double else single_block_parameters(model)
             # a gradient in both formats; with ZeRO-3 this block's weights and the next's
             gathered = weights / tp * {1: 0, 2: number + 4, 3: 3 * number + 4}[parallel.zero_stage]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megasora.config.latent_frames import latent_frames
-from megasora.config.schema import RunConfig
+from megasora.config.schema import EncodersConfig, RunConfig
 
 FP8_ROW_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """Rows of an FP8 matrix product: 8 is the kernel's limit, 16 safe, 128 the block of `blockwise`, 32 that of `mxfp8`
@@ -32,26 +33,31 @@ class PackTokens:
 def largest_sample(config: RunConfig) -> int | None:
     """Video tokens of the largest clip; None when clips keep their own size."""
     found = largest_clip(config)
-    return None if found is None else _video_tokens(config, *found)
+    return None if found is None else _video_tokens(config.encoders, config.model.patch_size, *found)
 
 
 def largest_clip(config: RunConfig) -> tuple[int, float] | None:
     """(frames, side in pixels of a square) of the clip with most tokens: the longest of the largest resolution class, or the largest pair
     of data.bucket_mix; None when clips keep their own size."""
     data = config.data
-    names = [name for name, weight in data.resolution_mix if weight > 0] or [data.resolution]
-    pairs = [(name, max(data.frame_counts)) for name in names]
+    names = tuple(name for name, weight in data.resolution_mix if weight > 0) or (data.resolution,)
+    pairs = tuple((name, max(data.frame_counts)) for name in names)
     if data.bucket_mix:
-        pairs = [(name, frames) for name, frames, probability, _ in data.bucket_mix if probability > 0 and frames in data.frame_counts]
+        pairs = tuple((name, frames) for name, frames, probability, _ in data.bucket_mix if probability > 0 and frames in data.frame_counts)
+    return _largest(pairs, config.encoders, config.model.patch_size)
+
+
+@lru_cache(maxsize=64)
+def _largest(pairs: tuple[tuple[str, int], ...], encoders: EncodersConfig, patch_size: int) -> tuple[int, float] | None:
+    """Of (class, frames) pairs; a planner asks thousands of times."""
     sides = {name: _side(name) for name, _ in pairs}
     if not all(sides.values()):
         return None
-    return max(((frames, sides[name]) for name, frames in pairs), key=lambda clip: _video_tokens(config, *clip))
+    return max(((frames, sides[name]) for name, frames in pairs), key=lambda clip: _video_tokens(encoders, patch_size, *clip))
 
 
-def _video_tokens(config: RunConfig, frames: int, side: float) -> int:
-    encoders = config.encoders
-    unit = encoders.spatial_compression * config.model.patch_size
+def _video_tokens(encoders: EncodersConfig, patch_size: int, frames: int, side: float) -> int:
+    unit = encoders.spatial_compression * patch_size
     return latent_frames(frames, compression=encoders.temporal_compression, causal=encoders.causal) * int(side / unit) ** 2
 
 

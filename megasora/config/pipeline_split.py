@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from megasora.config.errors import UserError
 from megasora.config.parameters import double_block_parameters, embedder_parameters, final_layer_parameters, single_block_parameters
@@ -28,6 +29,11 @@ def block_costs(model: ModelConfig, *, by: str, activation_share: float = 1.0) -
     return [weight + mean * activation_share for weight in weights]
 
 
+@lru_cache(maxsize=1024)
+def _balanced(model: ModelConfig, by: str, num_chunks: int) -> tuple[int, ...]:
+    return split_by_cost(block_costs(model, by=by), num_chunks)
+
+
 def chunk_lengths(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
     """Blocks per chunk in pipeline order, length PP x VP.
 
@@ -36,7 +42,7 @@ def chunk_lengths(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ..
     """
     num_chunks = parallel.pipeline_model_parallel_size * parallel.num_model_chunks
     if parallel.pipeline_split != "given":
-        return split_by_cost(block_costs(model, by=parallel.pipeline_split), num_chunks)
+        return _balanced(model, parallel.pipeline_split, num_chunks)
     lengths = parallel.pipeline_blocks or ()
     if len(lengths) != num_chunks or sum(lengths) != model.num_blocks or min(lengths) < 1:
         raise UserError(

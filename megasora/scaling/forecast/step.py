@@ -6,6 +6,7 @@ the passes they run beside, the optimizer and the encoders come on top.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from megasora.perf.flops import training_flops
 from megasora.perf.hardware import Hardware, rate_at
 from megasora.perf.network import collective_s, placement_of
 from megasora.scaling.forecast.block import BlockSetting, PackWork, row_multiple, setting_of
-from megasora.scaling.forecast.chunk import Chunk, chunk_backward, chunk_forward, chunk_of
+from megasora.scaling.forecast.chunk import chunk_backward, chunk_forward, chunk_of
 from megasora.scaling.forecast.cost import Cost, StepParts
 from megasora.scaling.forecast.encoders import encoding_s
 from megasora.scaling.forecast.exchange import Beside, data_parallel_s
@@ -94,8 +95,7 @@ def forecast_step(config: RunConfig, packs: StepPacks, *, world_size: int, hardw
     topology = topology_of(config.parallel, world_size=world_size)
     replicas = [_replica(config, packs, number, topology=topology, hardware=hardware) for number in _busiest(config, packs)]
     slowest = max(replicas, key=lambda replica: replica.schedule.end)
-    clips = [clip for pack in packs.replicas[0] for clip in pack] if topology.dp == 1 else _most_clips(packs)
-    data = encoding_s(config, clips, ranks=config.parallel.model_parallel_size, hardware=hardware)
+    data = _data_s(config, packs, hardware=hardware)
     stages = tuple(_stage_parts(config, slowest, stage, data=data, topology=topology, hardware=hardware) for stage in range(topology.pp))
     busiest = max(range(topology.pp), key=lambda stage: (stages[stage].total, -stages[stage].bubble))
     flops = training_flops([clip.tokens for clip in packs.clips], hidden_size=config.model.hidden_size, num_blocks=config.model.num_blocks)
@@ -162,45 +162,87 @@ def _most_clips(packs: StepPacks) -> list[PlannedClip]:
 
 def _replica(config: RunConfig, packs: StepPacks, number: int, *, topology: Topology, hardware: Hardware) -> _Replica:
     works = [work_of(config, pack) for pack in packs.computed(number)]
-    chunks = [
-        [chunk_of(config, stage=stage, chunk=chunk) for chunk in range(config.parallel.num_model_chunks)] for stage in range(topology.pp)
-    ]
-    found = _passes(setting_of(config, hardware=hardware), chunks, works, topology=topology)
+    found = _run(config, works, topology=topology, setting=setting_of(config, hardware=hardware))
     if not hardware.compute_loss:
         return found
     for _ in range(ROUNDS):  # ranks share a computer: those that wait leave it to the others
         active = sum(found.schedule.busy) / found.schedule.end * topology.cp * topology.tp * topology.dp
         slower = 1 / rate_at(hardware.compute_loss, max(1.0, active))
-        found = _passes(setting_of(config, hardware=hardware, slower=slower), chunks, works, topology=topology)
+        found = _run(config, works, topology=topology, setting=setting_of(config, hardware=hardware, slower=slower))
     return found
 
 
-def _passes(setting: BlockSetting, chunks: Sequence[Sequence[Chunk]], works: Sequence[PackWork], *, topology: Topology) -> _Replica:
-    forward = [[[chunk_forward(setting, chunk, work) for work in works] for chunk in stage] for stage in chunks]
-    backward = [[[chunk_backward(setting, chunk, work) for work in works] for chunk in stage] for stage in chunks]
+def _run(config: RunConfig, works: Sequence[PackWork], *, topology: Topology, setting: BlockSetting) -> _Replica:
+    """A replica's pipeline, event by event."""
+    passes = [_stage_passes(config, works, stage, setting=setting) for stage in range(topology.pp)]
     stride = topology.tp * topology.cp * topology.dp
     group = placement_of(size=topology.pp, stride=stride, domain=setting.hardware.node.ranks)
     h = setting.model.hidden_size
     message_s = [
         collective_s("send", (work.share + work.samples) * h * setting.number, placement=group, hardware=setting.hardware) for work in works
     ]
-    schedule = simulate(_totals(forward), _totals(backward), message_s=message_s, overlapped=topology.vp is not None)
-    both = [
-        sum((one + two for f, b in zip(fs, bs, strict=True) for one, two in zip(f, b, strict=True)), Cost())
-        for fs, bs in zip(forward, backward, strict=True)
-    ]
-    beside = tuple(
-        Beside(
-            forwards=tuple(sum(chunk[micro].total for chunk in forward[stage]) for micro in range(len(works))),
-            backwards=tuple(sum(chunk[micro].total for chunk in backward[stage]) for micro in range(len(works))),
-        )
-        for stage in range(topology.pp)
+    schedule = simulate(
+        [one.forward for one in passes], [one.backward for one in passes], message_s=message_s, overlapped=topology.vp is not None
     )
-    return _Replica(schedule=schedule, stages=tuple(both), beside=beside)
+    return _Replica(schedule=schedule, stages=tuple(one.cost for one in passes), beside=tuple(one.beside for one in passes))
 
 
-def _totals(costs: Sequence[Sequence[Sequence[Cost]]]) -> list[list[list[float]]]:
-    return [[[cost.total for cost in chunk] for chunk in stage] for stage in costs]
+@dataclass(frozen=True, kw_only=True)
+class _StagePasses:
+    """What a stage runs for a step's packs."""
+
+    forward: list[list[float]]
+    """[chunk][micro-batch] seconds."""
+    backward: list[list[float]]
+    cost: Cost
+    """Of all of them."""
+
+    @property
+    def beside(self) -> Beside:
+        """Passes of all chunks together, micro-batch after micro-batch."""
+        return Beside(
+            forwards=tuple(sum(chunk) for chunk in zip(*self.forward, strict=True)),
+            backwards=tuple(sum(chunk) for chunk in zip(*self.backward, strict=True)),
+        )
+
+
+def _stage_passes(config: RunConfig, works: Sequence[PackWork], stage: int, *, setting: BlockSetting) -> _StagePasses:
+    chunks = [chunk_of(config, stage=stage, chunk=chunk) for chunk in range(config.parallel.num_model_chunks)]
+    counts = Counter(works)
+    forward = [{work: chunk_forward(setting, chunk, work) for work in counts} for chunk in chunks]
+    backward = [{work: chunk_backward(setting, chunk, work) for work in counts} for chunk in chunks]
+    cost = Cost()
+    for passes in (*forward, *backward):
+        for work, one in passes.items():
+            cost += one * counts[work]
+    return _StagePasses(
+        forward=[[passes[work].total for work in works] for passes in forward],
+        backward=[[passes[work].total for work in works] for passes in backward],
+        cost=cost,
+    )
+
+
+def least_step_time(config: RunConfig, packs: StepPacks, *, world_size: int, hardware: Hardware, exchanges: bool = True) -> float:
+    """A step cannot be shorter, whatever its schedule: the busiest stage has its passes to run, and what follows them.
+
+    Never more than `forecast_step` gives for the same arguments; several times quicker. Without `exchanges` over DP it is a bound of every
+    ZeRO stage.
+    """
+    topology = topology_of(config.parallel, world_size=world_size)
+    setting = setting_of(config, hardware=hardware)
+    works = [work_of(config, pack) for pack in packs.computed(_busiest(config, packs)[0])]
+    data = _data_s(config, packs, hardware=hardware)
+    least = 0.0
+    for stage in range(topology.pp):
+        passes = _stage_passes(config, works, stage, setting=setting)
+        exchanged = data_parallel_s(config, stage, passes.beside, topology=topology, hardware=hardware) if exchanges else 0.0
+        least = max(least, passes.cost.total + exchanged + optimizer_s(config, stage, topology=topology, hardware=hardware) + data)
+    return least
+
+
+def _data_s(config: RunConfig, packs: StepPacks, *, hardware: Hardware) -> float:
+    """Seconds of the busiest rank in the encoders."""
+    return encoding_s(config, _most_clips(packs), ranks=config.parallel.model_parallel_size, hardware=hardware)
 
 
 def _stage_parts(config: RunConfig, replica: _Replica, stage: int, *, data: float, topology: Topology, hardware: Hardware) -> StepParts:
