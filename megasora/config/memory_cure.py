@@ -9,15 +9,15 @@ from megasora.config.memory import memory_estimate
 from megasora.config.pack_tokens import fullest_pack
 from megasora.config.schema import ParallelConfig, RunConfig
 
-GPU_BYTES = 141e9
-"""Memory of an H200 (NVIDIA data sheet: 141 GB), the largest GPU the check is made for."""
+H200_BYTES = 141e9
+"""Memory of an H200 (NVIDIA data sheet: 141 GB): what a check without a GPU is made for."""
 
 
-def memory_cure(config: RunConfig, *, world_size: int) -> str:
-    """The first change, cheapest in time first, with which the run fits a GPU."""
+def memory_cure(config: RunConfig, *, world_size: int, gpu_bytes: float = H200_BYTES) -> str:
+    """The first change, cheapest in time first, with which the run fits a GPU of `gpu_bytes`."""
     for text, changed in _smaller_runs(config, world_size):
         needed = memory_estimate(changed, world_size=world_size).total
-        if needed <= GPU_BYTES:
+        if needed <= gpu_bytes:
             return f"use {text} ({needed / 1e9:.0f} GB)"
     return "raise TP, PP and CP together, or the number of GPUs"
 

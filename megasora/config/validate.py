@@ -8,7 +8,7 @@ from megasora.config.data_checks import check_buckets, check_start
 from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
 from megasora.config.memory import memory_estimate
-from megasora.config.memory_cure import GPU_BYTES, memory_cure
+from megasora.config.memory_cure import H200_BYTES, memory_cure
 from megasora.config.parameters import modulation_parameters
 from megasora.config.problem import Check, Problem
 from megasora.config.schema import RunConfig
@@ -359,12 +359,12 @@ def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
         )
 
 
-def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
+def _memory(config: RunConfig, world_size: int, gpu_bytes: float) -> Iterator[Problem]:
     """Of a run that is sound otherwise: the estimate divides by its sizes."""
     if config.device == "cpu":
         return
     estimate = memory_estimate(config, world_size=world_size)
-    if estimate.total <= GPU_BYTES:
+    if estimate.total <= gpu_bytes:
         return
     name, most = next(iter(estimate.parts().items()))
     state = name in ("weights", "gradients", "optimizer", "ema")
@@ -372,8 +372,8 @@ def _memory(config: RunConfig, world_size: int) -> Iterator[Problem]:
     yield Problem(
         field="parallel",
         message=f"the fullest GPU needs {estimate.total / 1e9:.0f} GB, of which {name.replace('_', ' ')} {most / 1e9:.0f} GB, and has "
-        f"{GPU_BYTES / 1e9:.0f} GB{modulation if state else ''}",
-        cure=memory_cure(config, world_size=world_size),
+        f"{gpu_bytes / 1e9:.0f} GB{modulation if state else ''}",
+        cure=memory_cure(config, world_size=world_size, gpu_bytes=gpu_bytes),
     )
 
 
@@ -393,7 +393,7 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> list[Problem]:
+def problems(config: RunConfig, *, world_size: int, check_memory: bool = True, gpu_bytes: float = H200_BYTES) -> list[Problem]:
     """Everything that cannot work, in schema order; empty when the run is sound. A size below 1 hides the checks that divide by it; memory
     is asked about a run that is sound otherwise.
 
@@ -401,19 +401,20 @@ def problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -
         config: the run.
         world_size: ranks of the job.
         check_memory: whether to compare the estimate with a GPU's memory; off while it is open whether there is a GPU.
+        gpu_bytes: that memory.
     """
     sizes = list(_positive(config, world_size))
     found = sizes or [problem for check in CHECKS for problem in check(config, world_size)]
-    return found or (list(_memory(config, world_size)) if check_memory else [])
+    return found or (list(_memory(config, world_size, gpu_bytes)) if check_memory else [])
 
 
-def raise_on_problems(config: RunConfig, *, world_size: int, check_memory: bool = True) -> None:
-    """Refuse a run that cannot work.
+def raise_on_problems(config: RunConfig, *, world_size: int, check_memory: bool = True, gpu_bytes: float = H200_BYTES) -> None:
+    """Refuse a run that cannot work; the arguments are those of `problems`.
 
     Raises:
         UserError: one line per problem, each with its cure.
     """
-    found = problems(config, world_size=world_size, check_memory=check_memory)
+    found = problems(config, world_size=world_size, check_memory=check_memory, gpu_bytes=gpu_bytes)
     if found:
         raise UserError(str(found[0]) if len(found) == 1 else "\n  ".join([f"{len(found)} problems", *map(str, found)]))
 

@@ -68,7 +68,7 @@ class Hardware:
     peak: tuple[tuple[Precision, float], ...]
     """Dense FLOP/s of the data sheet: what MFU is a share of; empty for a CPU."""
     memory_bytes: float
-    """Of a GPU, what programs can use."""
+    """Of a GPU, as its data sheet counts; devices report some more (an H100 of 80 GB 84, an H200 of 141 GB 149)."""
     rates: Rates
     links: tuple[Link, ...]
     """From the nearest to the farthest: inside a node (NVLink domain), then between nodes."""
@@ -142,11 +142,12 @@ def save_hardware(hardware: Hardware, path: Path) -> None:
 
 def _read(path: Path) -> Hardware:
     try:
-        data = yaml.safe_load(path.read_text())  # JSON is YAML
+        text = path.read_text()
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the hardware profile {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is neither YAML nor JSON: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not {path.suffix[1:].upper()}: {str(error).splitlines()[0]}") from error
     hardware: Hardware = from_dict(data, Hardware, path=path.name)
     _check(hardware, path)
     return hardware

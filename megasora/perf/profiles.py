@@ -53,7 +53,7 @@ INFINIBAND = {
 H100 = Hardware(
     name="h100",
     peak=(("bf16", 989e12), ("fp8", 1979e12), ("fp32", 67e12)),
-    memory_bytes=79.1 * GB,
+    memory_bytes=80 * GB,
     rates=_H100_RATES,
     links=(NVLINK4, INFINIBAND["400"]),
     gpus_per_node=8,
@@ -89,7 +89,7 @@ def _h200() -> Hardware:
     return replace(
         H100,
         name="h200",
-        memory_bytes=140.5 * GB,
+        memory_bytes=141 * GB,
         rates=rates,
         dollars_per_gpu_hour=2.0,
         sources=(
@@ -107,7 +107,7 @@ def _a100() -> Hardware:
         H100,
         name="a100",
         peak=(("bf16", 312e12), ("fp32", 19.5e12)),
-        memory_bytes=79.1 * GB,
+        memory_bytes=80 * GB,
         rates=replace(rates, matmul_fp8=()),
         links=(
             Link(bytes_per_s=235 * GB, latency_s=7e-6, ranks=8, source="NVLink 3: 300 GB/s one way, 0.78 of it (assumed)"),
@@ -126,7 +126,7 @@ def _b200() -> Hardware:
         H100,
         name="b200",
         peak=(("bf16", 2250e12), ("fp8", 4500e12), ("fp32", 75e12)),
-        memory_bytes=178 * GB,
+        memory_bytes=180 * GB,
         rates=rates,
         links=(
             Link(bytes_per_s=720 * GB, latency_s=6e-6, ranks=8, source="NVLink 5: 900 GB/s one way, 0.8 of it (assumed)"),
@@ -144,7 +144,7 @@ def _gb200() -> Hardware:
         b200,
         name="gb200",
         peak=(("bf16", 2500e12), ("fp8", 5000e12), ("fp32", 80e12)),
-        memory_bytes=184 * GB,
+        memory_bytes=186 * GB,
         links=(link, INFINIBAND["400"]),
         gpus_per_node=4,
         dollars_per_gpu_hour=4.5,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megasora.config.io import save_yaml
@@ -32,7 +33,8 @@ def train(config: RunConfig) -> None:
     device = groups.choose_device(config.device)
     groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
     config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
-    raise_on_problems(config, world_size=dist.get_world_size())
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    raise_on_problems(config, world_size=dist.get_world_size(), gpu_bytes=float(memory))
     if config.train.deterministic:
         use_deterministic_algorithms(device)
     context = groups.initialize(config.parallel, device=device, num_attention_heads=config.model.num_attention_heads, seed=config.init.seed)

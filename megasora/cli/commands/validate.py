@@ -16,6 +16,7 @@ from megasora.config.parameters import parameter_count
 from megasora.config.pipeline_split import chunk_lengths, stage_parameters
 from megasora.config.schema import RunConfig
 from megasora.config.validate import problems
+from megasora.perf.hardware import load_hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class Args(RecipeArgs):
 
     gpus: int = 1
     """World size to check for."""
+    gpu: str = "h200"
+    """Whose memory the run must fit: a profile as megasora plan takes it."""
     json: bool = False
     """Print the problems as JSON."""
 
@@ -37,7 +40,7 @@ def run(args: Args) -> Answer:
     """Exit code 2 when there are problems."""
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus} must be a positive number")
-    found = problems(args.config, world_size=args.gpus)
+    found = problems(args.config, world_size=args.gpus, gpu_bytes=load_hardware(args.gpu).memory_bytes)
     if found and not args.json:
         raise UserError("\n  ".join([f"{len(found)} problem(s)", *map(str, found)]))
     estimate = None if found else memory_estimate(args.config, world_size=args.gpus)

@@ -8,7 +8,7 @@ from megasora.config.pack_tokens import largest_clip
 from megasora.config.schema import RunConfig
 
 CONTEXT_BYTES = 4e9
-"""CUDA's context, NCCL's buffers, fragmentation: 3 to 5 GB (chosen; the H100 run of 2026-11-27 read 0.6 GB of context alone)."""
+"""CUDA's context, NCCL's buffers, fragmentation, on top of the 4 to 8 GB that a device has beyond its data sheet (chosen)."""
 TEXT_BYTES = 2 * (4.76e9 + 0.123e9)
 """T5-XXL's encoder and CLIP-L's text model in bf16."""
 DC_AE_BYTES = 0.919e9 + 4.3e9

@@ -52,11 +52,18 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """Short, for tables: TP2 PP4x2 CP4 ZeRO1 selective M16."""
-        interleaved = f"x{self.vp}" if self.vp > 1 else ""
-        fp8 = "" if self.fp8 == "none" else f" FP8 {self.fp8}"
-        split = "" if self.pp == 1 or self.split == "flops" else f" by {self.split}"
-        return f"TP{self.tp} PP{self.pp}{interleaved} CP{self.cp} ZeRO{self.zero} {self.recompute} M{self.microbatches}{split}{fp8}"
+        """Short, for tables: TP2 PP4x2 CP4 Z1 sel M16; an axis of one rank is not told.
+
+        Z is the ZeRO stage, M the micro-batches, PP4x2 two chunks on each of 4 stages, "mem" stages balanced by memory; recompute: keep
+        (none), sel(ective), half, full.
+        """
+        axes = [f"TP{self.tp}"] if self.tp > 1 else []
+        axes += [f"PP{self.pp}x{self.vp}" if self.vp > 1 else f"PP{self.pp}"] if self.pp > 1 else []
+        axes += [f"CP{self.cp}"] if self.cp > 1 else []
+        kept = {"none": "keep", "selective": "sel"}.get(self.recompute, self.recompute)
+        rest = [f"Z{self.zero}", kept, f"M{self.microbatches}"]
+        rest += ["mem"] if self.pp > 1 and self.split == "memory" else []
+        return " ".join([*axes, *rest, *([] if self.fp8 == "none" else [f"FP8 {self.fp8}"])])
 
     def config(self, base: RunConfig) -> RunConfig:
         """The run in this layout."""
