@@ -25,10 +25,10 @@ PASSES = {
 modulation's products (2026-11-25_block_bytes.md, six clips)."""
 LAUNCHES = {
     "triton": {True: (66, 100), False: (33, 50)},
-    "torch": {True: (240, 330), False: (130, 180)},
+    "torch": {True: (107, 216), False: (47, 94)},
 }
-"""Kernels launched forward and backward: 121 a block together on an H100 (trace, 2 double and 4 single blocks with Triton's); torch's
-counted by dispatch on a CPU (tests/unit/scaling/test_forecast.py)."""
+"""Kernels launched forward and backward: with Triton's 121 a block together on an H100 (trace, 2 double and 4 single blocks; how they
+divide is chosen), torch's counted on a CPU (tests/unit/scaling/test_forecast.py)."""
 BACKWARD_ATTENTION = 2.5
 """FLOPs of attention's backward pass over its forward pass: five products for two (FlashAttention-2, arXiv 2307.08691)."""
 

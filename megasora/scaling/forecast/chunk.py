@@ -11,8 +11,8 @@ from megasora.perf.hardware import rate_at
 from megasora.scaling.forecast.block import BlockSetting, PackWork, backward_cost, forward_cost
 from megasora.scaling.forecast.cost import Cost
 
-END_LAUNCHES = 40
-"""Kernels of the embedders, or of the final layer and the loss, one way (counted by dispatch: 38 and 44)."""
+END_LAUNCHES = (25, 31)
+"""Kernels of the embedders or of the final layer, forward and backward: 50 and 61 for both ends (tests/unit/scaling/test_forecast.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def _ends(setting: BlockSetting, chunk: Chunk, work: PackWork, *, times: int) ->
         return Cost()
     rates = setting.hardware.rates
     device = times * flops / rate_at(rates.matmul, work.share) * setting.slower
-    host = times * END_LAUNCHES * (int(chunk.first) + int(chunk.last)) * setting.hardware.launch_s * setting.slower
+    host = END_LAUNCHES[times - 1] * (int(chunk.first) + int(chunk.last)) * setting.hardware.launch_s * setting.slower
     if setting.hardware.device == "cpu":
         return Cost(compute=device, gaps=host)
     return Cost(compute=device, gaps=max(0.0, host - device))
