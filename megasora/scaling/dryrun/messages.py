@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,6 @@ KINDS = {
     "broadcast_": "broadcast",
 }
 """c10d operators."""
-GroupName = Literal["tp", "ulysses", "ring", "pp", "dp_cp", "dp", "cp", "replica", "world", "mp", "embd", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +84,15 @@ class Messages:
         if "coalesced" in name:
             sides = [sum(t.numel() * t.element_size() for t in tree_iter(side) if isinstance(t, Tensor)) for side in args[:2]]
             size = max(sides)
-        where = self._names.get(group.group_name, "other")
-        if where == "pp" and name in ("send", "recv_"):
-            return  # see `between_stages`
-        self._add(KINDS[name], where, self.place.phase, size)
-        self.ranks[where] = tuple(dist.get_process_group_ranks(group))
+        ranks = tuple(dist.get_process_group_ranks(group))
+        where = self._names.get(group.group_name) or self._names.get(ranks, "other")
+        if name in ("send", "recv_") and where != "ring":
+            return  # between stages: see `between_stages`; with two of them Megatron sends one way in the world's group
+        phase = self.place.phase
+        if phase == "step end" and self.place.scheduled:  # started between two passes
+            phase = "forward" if KINDS[name] == "all_gather" else "backward"
+        self._add(KINDS[name], where, phase, size)
+        self.ranks[where] = ranks
 
     def between_stages(self, kind: str, tensor: Tensor | None, phase: Phase, *, group: dist.ProcessGroup) -> None:
         """Count a message between stages: activations are the forward passes', gradients the backward passes'."""
@@ -129,8 +132,8 @@ def _group_of(args: Sequence[Any]) -> Any:
     return None
 
 
-def _group_names(context: ParallelContext) -> dict[str, str]:
-    """Names of this rank's groups; the first that a group has counts."""
+def _group_names(context: ParallelContext) -> dict[Any, str]:
+    """Names of this rank's groups by their own name and by their ranks; the first counts."""
     groups = context.pg_collection
     named = {
         "world": dist.group.WORLD,
@@ -139,8 +142,9 @@ def _group_names(context: ParallelContext) -> dict[str, str]:
         "ring": context.context.ring,
         "replica": context.replica,
     }
-    names: dict[str, str] = {}
+    names: dict[Any, str] = {}
     for name, group in named.items():
-        if group is not None and hasattr(group, "group_name"):
+        if isinstance(group, dist.ProcessGroup):
             names.setdefault(group.group_name, name)
+            names.setdefault(tuple(dist.get_process_group_ranks(group)), name)
     return names

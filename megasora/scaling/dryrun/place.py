@@ -39,6 +39,8 @@ class Place:
     """What is being allocated, where that says more than the phase."""
     chunk: int = 0
     microbatch: int = 0
+    scheduled: bool = False
+    """From the first pass to the last: messages between passes then belong to one, not to the end of the step."""
     in_attention: bool = False
     """Within attention, whose FLOPs are counted as a whole."""
 

@@ -1,7 +1,7 @@
 """FLOPs of matrix products by the layers they belong to, multiply-adds x 2, forward, backward and recomputed apart.
 
 A product with a layer's weight is that layer's. The product that makes a weight's gradient has no weight in it: it is recognised by its
-three sides and by whether Megatron's layer or torch's own is running backward.
+sides and by whether Megatron's layer or torch's own is running backward.
 Attention is counted by whoever stands in for it.
 """
 
@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megasora.perf.flops import LayerKind
 from megasora.scaling.dryrun.place import Phase, Place
 
-LayerKind = Literal["blocks", "attention", "modulation", "embedders", "final", "other"]
-"""blocks: linear layers of the blocks on tokens; modulation: on samples, the final layer's too; final: the projection to latents;
-other: products that sum over samples, which belong to no layer."""
-LAYER_KINDS: tuple[LayerKind, ...] = ("blocks", "attention", "modulation", "embedders", "final", "other")
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear"})
 
 
@@ -42,7 +39,7 @@ class Products:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.flops: Counter[tuple[LayerKind, Phase]] = Counter()
-        self._weights: dict[tuple[int, int], LayerKind] = {}
+        self._weights: dict[tuple[int, int], tuple[LayerKind, bool]] = {}
         self._sides: dict[tuple[bool, tuple[int, ...]], LayerKind] = {}
 
     def watch(self, chunks: Iterable[nn.Module]) -> None:
@@ -51,11 +48,11 @@ class Products:
             for name, module in chunk.named_modules():
                 weight = getattr(module, "weight", None)
                 if isinstance(weight, Tensor) and weight.dim() == 2:
-                    module.register_forward_pre_hook(self._learner(kind_of_layer(name)))
+                    module.register_forward_pre_hook(self._learner(kind_of_layer(name), by_megatron=_by_megatron(module)))
 
-    def _learner(self, kind: LayerKind) -> Any:
+    def _learner(self, kind: LayerKind, *, by_megatron: bool) -> Any:
         def learn(module: nn.Module, _inputs: Any) -> None:
-            self._weights[_address(module.weight)] = kind  # type: ignore[arg-type]
+            self._weights[_address(module.weight)] = (kind, by_megatron)  # type: ignore[arg-type]
 
         return learn
 
@@ -76,18 +73,20 @@ class Products:
         return True
 
     def _kind(self, a: Tensor, b: Tensor, sides: tuple[int, ...]) -> LayerKind:
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
-        by_megatron = node is not None and node.name().startswith("LinearWith")
-        key = (by_megatron, tuple(sorted(sides)))
-        kind = self._weights.get(_address(b)) or self._weights.get(_address(a))
-        if kind is None:
-            return self._sides.get(key, "other")
-        if self.place.phase in ("forward", "recompute"):
-            for megatron in (False, True):
-                self._sides[megatron, key[1]] = kind
-        else:
-            self._sides[key] = kind
-        return kind
+        known = self._weights.get(_address(b)) or self._weights.get(_address(a))
+        if known is None:
+            node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+            by_megatron = node is not None and node.name().startswith("LinearWith")
+            return self._sides.get((by_megatron, sides), "other")
+        if self.place.phase == "forward":
+            rows, inputs, outputs = sides
+            self._sides[known[1], (outputs, rows, inputs)] = known[0]  # gradient^T x input
+        return known[0]
+
+
+def _by_megatron(module: nn.Module) -> bool:
+    """Whether the layer's products are in Megatron's autograd function; alone on its TP rank it is torch's own linear."""
+    return hasattr(module, "tp_group") and module.tp_group.size() > 1
 
 
 def _address(tensor: Tensor) -> tuple[int, int]:

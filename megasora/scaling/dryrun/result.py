@@ -5,26 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megasora.parallel.topology import Coordinates
+from megasora.perf.flops import LayerFlops, PackOnRank
 from megasora.scaling.dryrun.messages import Message
 from megasora.scaling.dryrun.place import Event, Phase
-from megasora.scaling.dryrun.products import LayerKind
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerFlops:
-    """FLOPs (multiply-adds x 2) of one kind of layer on the rank in the step."""
-
-    kind: LayerKind
-    forward: int
-    backward: int
-    """Of attention twice the forward's: what a kernel computes again of its own is not counted."""
-    recompute: int
-    """Forward passes once more."""
-
-    @property
-    def total(self) -> int:
-        """Everything the rank computes."""
-        return self.forward + self.backward + self.recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +54,6 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packs:
-    """One micro-batch of the rank."""
-
-    samples: int
-    share_tokens: int
-    """Tokens of the rank's share, padded."""
-    num_text: int
-    """Text tokens of the share."""
-    rank_tokens: int
-    """Tokens of its context rank, all TP shares."""
-    lengths: tuple[int, ...]
-    """Tokens that attention holds together of each sample on this rank, the dummy last where there is one."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DryRun:
     """One rank's step."""
 
@@ -94,7 +62,7 @@ class DryRun:
     rank: int
     at: Coordinates
     zero_stage: int
-    microbatches: tuple[Packs, ...]
+    microbatches: tuple[PackOnRank, ...]
     flops: tuple[LayerFlops, ...]
     bytes_moved: tuple[Part, ...]
     """By phase: read and written by what is neither a matrix product nor attention nor a message."""

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,11 +21,11 @@ from megasora.models.mmdit.megatron_config import DTYPES
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack
 from megasora.parallel.pipeline import valid_microbatch_group
+from megasora.perf.flops import LAYER_KINDS, LayerFlops, PackOnRank
 from megasora.scaling.dryrun.batches import packs_of, step_batch, tables_of, tensors_of
 from megasora.scaling.dryrun.place import PHASES, Phase
-from megasora.scaling.dryrun.products import LAYER_KINDS
 from megasora.scaling.dryrun.recorder import Recorder
-from megasora.scaling.dryrun.result import DryRun, LayerFlops, Memory, Packs, Part
+from megasora.scaling.dryrun.result import DryRun, Memory, Part
 from megasora.scaling.dryrun.stand_ins import STAND_INS, gpu_stand_ins
 from megasora.scaling.dryrun.state import State, state_of
 from megasora.scaling.dryrun.world import fake_world
@@ -95,11 +97,11 @@ def dry_run_step(config: RunConfig, step: StepPacks, *, world_size: int, rank: i
             rank=rank,
             at=context.at,
             zero_stage=config.parallel.zero_stage,
-            microbatches=tuple(_shape_of(pack, context) for pack in packs),
+            microbatches=tuple(_pack_on_rank(pack, context) for pack in packs),
             flops=_flops(recorder),
             bytes_moved=tuple(Part(name=phase, bytes=recorder.bytes_moved[phase]) for phase in PHASES if recorder.bytes_moved[phase]),
             messages=recorder.messages.result(),
-            memory=_memory(recorder, state, inputs=sum(tensor.nbytes for tensor in inputs)),
+            memory=_memory(recorder, state, inputs=sum(tensor.nbytes for tensor in inputs), zero_stage=config.parallel.zero_stage),
             timeline=tuple(recorder.timeline.events),
             operations=recorder.operations.total(),
             seconds=round(time.monotonic() - started, 3),
@@ -149,7 +151,17 @@ def _build(config: RunConfig, context: ParallelContext, recorder: Recorder) -> T
     trainee.megatron_config.deallocate_pipeline_outputs = True  # as on a GPU; the chunks hold this very object
     ensure_adam_state(trainee.optimizer, step=0)
     recorder.products.watch(trainee.chunks)
+    _past_the_first_step(trainee)
     return trainee
+
+
+def _past_the_first_step(trainee: Trainee) -> None:
+    """Megatron reduces nothing beside the backward pass in a run's first step, where it learns how often each gradient is added to."""
+    for chunk in trainee.wrapped:
+        if isinstance(chunk, DistributedDataParallel):
+            for group in chunk.bucket_groups:
+                group.golden_per_param_grad_ready_counts = dict.fromkeys(group.params, 1)
+                group.is_first_batch = False
 
 
 def _inputs(batch: StepBatch, packs: list[Pack]) -> list[torch.Tensor]:
@@ -159,10 +171,14 @@ def _inputs(batch: StepBatch, packs: list[Pack]) -> list[torch.Tensor]:
 def _step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context: ParallelContext, recorder: Recorder) -> None:
     """The run's own step; from the gradients' sums on it is the end of the step."""
     with ExitStack() as stack:
-        trainee.megatron_config.finalize_model_grads_func = _then(
-            lambda: stack.enter_context(recorder.timeline.event("step end")), trainee.megatron_config.finalize_model_grads_func
-        )
-        recorder.on = True
+
+        def passes_are_over() -> None:
+            recorder.place.scheduled = False
+            stack.enter_context(recorder.timeline.event("step end"))
+
+        settings = trainee.megatron_config
+        settings.finalize_model_grads_func = _then(passes_are_over, settings.finalize_model_grads_func)
+        recorder.on = recorder.place.scheduled = True
         train_step(trainee, batch, config=config, context=context, guard=Guard(config.guard), stop=False)
     recorder.on = False
 
@@ -175,15 +191,16 @@ def _then(first: Callable[[], Any], function: Callable[..., Any]) -> Callable[..
     return call
 
 
-def _shape_of(pack: Pack, context: ParallelContext) -> Packs:
+def _pack_on_rank(pack: Pack, context: ParallelContext) -> PackOnRank:
     share = pack.num_text + pack.num_video
     order = pack.attention_order(context.context.members[context.context.ring_rank])
-    return Packs(
+    members = [pack.attention_order(ranks).lengths for ranks in context.context.members]
+    return PackOnRank(
         samples=pack.num_samples,
-        share_tokens=share,
         num_text=pack.num_text,
-        rank_tokens=share * pack.split.tp,
-        lengths=order.lengths,
+        num_video=pack.num_video,
+        tokens=share * pack.split.tp,
+        pairs=sum(own * sum(keys) for own, *keys in zip_longest(order.lengths, *members, fillvalue=0)),
     )
 
 
@@ -195,19 +212,22 @@ def _flops(recorder: Recorder) -> tuple[LayerFlops, ...]:
     )
 
 
-def _memory(recorder: Recorder, state: State, *, inputs: int) -> Memory:
+def _memory(recorder: Recorder, state: State, *, inputs: int, zero_stage: int) -> Memory:
     timeline = recorder.timeline
     phase, chunk, microbatch = timeline.peak_event
     parts = sorted(timeline.at_peak.items(), key=lambda part: -part[1])
-    sharded = timeline.at_peak.get("gradients", 0)
+    stays = {"gradients": timeline.before_step_end.get("gradients", 0)}
+    if zero_stage == 2:
+        stays["gathered weights"] = timeline.before_step_end.get("gathered weights", 0)
+    beside = sum(min(size, timeline.at_peak.get(name, 0)) for name, size in stays.items())
     return Memory(
-        weights=state.weights,
-        gradients=state.gradients or recorder.timeline.before_step_end.get("gradients", 0),
+        weights=state.weights or stays.get("gathered weights", 0),
+        gradients=state.gradients or stays["gradients"],
         optimizer=state.optimizer,
         ema=state.ema,
         padding=state.padding,
         inputs=inputs,
-        activations=timeline.peak - sharded,
+        activations=timeline.peak - beside,
         at_peak=tuple(Part(name=name, bytes=size) for name, size in parts if size),
         peak_phase=phase,
         peak_chunk=chunk,

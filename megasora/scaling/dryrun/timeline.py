@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from megasora.scaling.dryrun.place import Event, Phase, Place
+from megasora.scaling.dryrun.place import PHASES, Event, Phase, Place
 
 
 class Timeline:
@@ -73,7 +73,8 @@ class Timeline:
     def _resized(self, storage: torch.UntypedStorage, size: int) -> None:
         entry = self._storages.get(storage._cdata)
         if entry is not None:
-            tag = self.place.tag or (self.place.phase if size else entry[2])
+            filled = size and entry[2] in PHASES
+            tag = self.place.phase if filled else entry[2]
             self._change(entry[2], -entry[1])
             self._storages[storage._cdata] = (entry[0], size, tag)
             self._change(tag, size)
