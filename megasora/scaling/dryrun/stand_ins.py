@@ -39,12 +39,16 @@ STAND_INS = (
 """For the report."""
 
 
+_Count = Callable[[int], None]
+_Make = Callable[[Tensor], Tensor]
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, flops: int, count: Callable[[int], None]) -> Tensor:  # type: ignore[override]
-        out = torch.empty_like(q)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, flops: int, count: _Count, make: _Make) -> Tensor:  # type: ignore[override]
+        out = make(q)
         ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device))
-        ctx.flops, ctx.count = flops, count
+        ctx.flops, ctx.count, ctx.make = flops, count, make
         count(flops)
         return out
 
@@ -52,19 +56,20 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad.contiguous()
         ctx.count(2 * ctx.flops)
-        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None, None
+        return *(ctx.make(tensor) for tensor in ctx.saved_tensors[:3]), None, None, None
 
 
-def attention(count: Callable[[int], None]) -> Callable[[Tensor, Tensor, Tensor, AttentionOrder], Tensor]:
+def attention(count: _Count, *, make: _Make = torch.empty_like) -> Callable[[Tensor, Tensor, Tensor, AttentionOrder], Tensor]:
     """A kernel that allocates and keeps what Transformer Engine's does.
 
     Args:
         count: told the FLOPs of each pass: 4 x length^2 x head size for each sample and head, twice as much backward.
+        make: a tensor like another; zeros where the numbers are read (real tensors under FP8).
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, order: AttentionOrder) -> Tensor:
         flops = 4 * q.shape[1] * q.shape[2] * sum(length**2 for length in order.lengths)
-        out: Tensor = _Attention.apply(*(x.contiguous() for x in (q, k, v)), flops, count)
+        out: Tensor = _Attention.apply(*(x.contiguous() for x in (q, k, v)), flops, count, make)
         return out
 
     return attend
