@@ -14,7 +14,7 @@ from functools import cache, partial
 from megasora.config.context_split import ulysses_factor
 from megasora.config.pack_tokens import FP8_ROW_MULTIPLE, PackTokens, fullest_pack
 from megasora.config.parameters import double_block_parameters, modulation_parameters, single_block_parameters
-from megasora.config.pipeline_split import chunk_blocks, chunk_lengths, stage_parameters
+from megasora.config.pipeline_split import chunk_blocks, chunk_lengths, rank_parameters
 from megasora.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 TEMPORARIES = {"none": 4.5, "selective": 4.0, "full": 5.2}
@@ -79,7 +79,7 @@ class MemoryEstimate:
 
 def model_state_bytes(config: RunConfig, *, world_size: int) -> float:
     """Bytes of weights, gradients, optimizer and EMA on the fullest rank; activations come on top."""
-    fullest = max(stage_parameters(config.model, config.parallel))
+    fullest = max(rank_parameters(config.model, config.parallel))
     return sum(_state_parts(config, fullest, world_size=world_size))
 
 
@@ -103,7 +103,7 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
     model, parallel = config.model, config.parallel
     pack = fullest_pack(config, world_size=world_size)
     tokens = share_tokens(config, pack)
-    weights, gradients, optimizer, ema = _state_parts(config, stage_parameters(model, parallel)[stage], world_size=world_size)
+    weights, gradients, optimizer, ema = _state_parts(config, rank_parameters(model, parallel)[stage], world_size=world_size)
     costs = [_chunk_bytes(config, stage, chunk, tokens, samples=pack.samples) for chunk in range(parallel.num_model_chunks)]
     activations, in_flight = peak_in_flight(
         costs, stage=stage, num_stages=parallel.pipeline_model_parallel_size, num_microbatches=pack.num_microbatches
@@ -133,14 +133,13 @@ def share_tokens(config: RunConfig, pack: PackTokens) -> int:
     )
 
 
-def _state_parts(config: RunConfig, parameters: float, *, world_size: int) -> tuple[float, float, float, float]:
-    """Weights, gradients, optimizer, EMA of a stage's parameters (facts: bf16 2 + fp32 gradients 4, fp32 master 4, moments 8, EMA 4).
+def _state_parts(config: RunConfig, own: float, *, world_size: int) -> tuple[float, float, float, float]:
+    """Weights, gradients, optimizer, EMA of a rank's parameters (facts: bf16 2 + fp32 gradients 4, fp32 master 4, moments 8, EMA 4).
 
     With ZeRO-1 an fp32 model is its own master. With ZeRO-2 weights are gathered beside sharded masters and stay; ZeRO-3 keeps the masters
     alone and gathers block by block (`_working_set`).
     """
     parallel = config.parallel
-    own = parameters / parallel.tensor_model_parallel_size
     shards = max(1, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
     weights = 0 if parallel.zero_stage == 3 else own * _number_bytes(config)
     gradients = own * 4 / (1 if parallel.zero_stage == 1 else shards)

@@ -127,3 +127,24 @@ def fully_sharded_traffic(
         return Traffic(all_reduce=4)
     gathered = blocks + rest if zero_stage == 2 else microbatches * (2 * blocks + rest)
     return Traffic(all_gather=itemsize * gathered, reduce_scatter=grad_itemsize * microbatches * (blocks + rest), all_reduce=4)
+
+
+def recompute_traffic(
+    *, double: int, single: int, model: ModelConfig, tp: int, ulysses: int, ring: int, tokens: int, samples: int, itemsize: int
+) -> Traffic:
+    """What the forward passes of blocks that run twice send once more, for one micro-batch.
+
+    Args:
+        double, single: such blocks.
+        model: sizes.
+        tp, ulysses, ring: sizes of the groups.
+        tokens, samples: of the pack (`tensor_parallel_traffic`).
+        itemsize: bytes of an activation.
+    """
+    h, layers = model.hidden_size, 2 * double + single
+    rows = itemsize * (12 * double + 3 * single) * samples * h
+    over_tp = Traffic(all_gather=itemsize * layers * tokens * h + rows, reduce_scatter=itemsize * layers * tokens * h) if tp > 1 else Traffic()
+    elements = (double + single) * tokens * h // tp
+    exchanged = Traffic(all_to_all=itemsize * 4 * elements) if ulysses > 1 else Traffic()
+    passed_on = Traffic(send=itemsize * 2 * (ring - 1) * elements)
+    return over_tp + exchanged + passed_on
