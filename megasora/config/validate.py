@@ -10,8 +10,8 @@ from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_fr
 from megasora.config.memory import memory_estimate
 from megasora.config.memory_cure import GPU_BYTES, memory_cure
 from megasora.config.parameters import modulation_parameters
-from megasora.config.profile_steps import check_profile
 from megasora.config.problem import Check, Problem
+from megasora.config.profile_steps import check_profile
 from megasora.config.schema import RunConfig
 
 

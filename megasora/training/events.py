@@ -20,8 +20,8 @@ from megasora.training.evaluation import Evaluator
 from megasora.training.feed import Feeder
 from megasora.training.guard import Guard
 from megasora.training.metrics import MetricsLog, film_strip
+from megasora.training.profiling import Place
 from megasora.training.step import Trainee
-from megasora.training.vitals import Place
 
 
 class Event(Protocol):

@@ -32,8 +32,8 @@ from megasora.training.feed import Feeder, StepBatch
 from megasora.training.guard import Guard, LeftOut, append_left_out, read_left_out
 from megasora.training.metrics import MetricsLog
 from megasora.training.optimizer import ensure_adam_state, refresh_masters, sync_parameters
-from megasora.training.profiling import open_profile
 from megasora.training.prerequisites import encoders_needed, open_training_cache
+from megasora.training.profiling import open_profile
 from megasora.training.start import Start, find_start
 from megasora.training.step import StepResult, build_trainee, step_metrics, train_step
 from megasora.training.vitals import Vitals

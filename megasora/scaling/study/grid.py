@@ -217,7 +217,9 @@ def overridden(config: RunConfig, settings: dict[str, Any], *, path: str) -> Run
         at = data
         for section in sections:
             if not isinstance(at.get(section), dict):
-                raise UserError(f"{path}: no section {section!r} of {name!r}; there are {', '.join(k for k in data if isinstance(data[k], dict))}")
+                raise UserError(
+                    f"{path}: no section {section!r} of {name!r}; there are {', '.join(k for k in data if isinstance(data[k], dict))}"
+                )
             at = at[section]
         at[last] = value
     changed: RunConfig = from_dict(data, RunConfig, path=path)

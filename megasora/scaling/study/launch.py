@@ -97,7 +97,9 @@ class LocalLauncher:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
             own.pop(name, None)  # of the job that the study itself may run in
         with task.log.open("w") as log:
-            process = subprocess.Popen(words, env=own, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+            process = subprocess.Popen(
+                words, env=own, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )
         return _Process(process, timeout_s=self.timeout_s)
 
 

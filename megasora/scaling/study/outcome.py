@@ -12,7 +12,9 @@ from megasora.config.errors import UserError
 from megasora.config.files import json_lines, written_whole
 
 Status = Literal["done", "refused", "failed", "timeout", "out_of_memory"]
-MEMORY = re.compile(r"out of memory|OutOfMemoryError|can't allocate memory|Cannot allocate memory|std::bad_alloc|oom[-_]kill", re.IGNORECASE)
+MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|can't allocate memory|Cannot allocate memory|std::bad_alloc|oom[-_]kill", re.IGNORECASE
+)
 KILLED = (-9, 137)
 """Exit codes of a process that the kernel killed, which is what it does where memory runs out; torchrun says -9 in its log."""
 SAID = re.compile(r"^(?:\[rank\d+\]:\s*)?(?:megasora: error: |(?:[\w.]+)?(?:Error|Exception): ).+")

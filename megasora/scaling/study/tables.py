@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from megasora.perf.hardware import Hardware
+from megasora.scaling.study.calibrate.profile import Calibration
 from megasora.scaling.study.compare import Comparison
 from megasora.scaling.study.efficiency import efficiencies
 from megasora.scaling.study.results import PointResult, Results
@@ -98,3 +100,27 @@ def print_trace(rows: Sequence[StepParts]) -> None:
     table.add_row("mean", "", f"{sum(mean.values()) * 1e3:.1f}", *(f"{mean[name] * 1e3:.1f}" for name in COLUMNS), f"{world * 1e3:.1f}")
     Console().print(table)
     print("bubble holds world: waiting for all ranks to agree. megasora study trace --json has communication that compute covers, too")
+
+
+def print_calibration(hardware: Hardware, found: Calibration) -> None:
+    """Kernels and collectives as they were measured, and the link that was fitted to them."""
+    table = Table(title=f"{hardware.name}: {hardware.rates.source}")
+    for heading in ("what", "size", "rate", "median, ms", "min to max, ms"):
+        table.add_column(heading, justify="left" if heading == "what" else "right", overflow="fold")
+    for entry in found.kernels:
+        unit = "launches/s" if entry.what == "launch" else "GB/s" if entry.what in ("memory", "Adam") else "GFLOP/s"
+        rate = entry.rate if entry.what == "launch" else entry.rate / 1e9
+        time = entry.time
+        spread = f"{time.min_s * 1e3:.4g} to {time.max_s * 1e3:.4g}"
+        table.add_row(entry.what, f"{entry.size:,.0f}" if entry.size else "", f"{rate:,.4g} {unit}", f"{time.median_s * 1e3:.4g}", spread)
+    table.add_section()
+    for moved in found.transfers:
+        name, rate = moved.operation.replace("_", "-"), moved.sent_bytes / moved.seconds / 1e9
+        table.add_row(name, f"{moved.payload_bytes:,}", f"{rate:.4g} GB/s", f"{moved.seconds * 1e3:.4g}", "")
+    console = Console()
+    console.print(table)
+    link = hardware.links[0]
+    console.print(f"link: {link.bytes_per_s / 1e9:.4g} GB/s, {link.latency_s * 1e6:.4g} us ({link.source})", highlight=False, markup=False)
+    if found.losses:
+        losses = ", ".join(f"{ranks:g}: {share:.0%}" for ranks, share in found.losses)
+        console.print(f"ranks at work at once and the share of its rate that each keeps: {losses}", highlight=False, markup=False)

@@ -32,4 +32,6 @@ def run(args: Args) -> Answer:
     folder = args.output or (args.folder if args.folder.is_dir() else args.folder.parent)
     with file_errors():
         files = write_report(results, folder)
-    return Answer(data={name: str(path) for name, path in files.items()}, show=lines([f"{name:<12} {path}" for name, path in files.items()]))
+    return Answer(
+        data={name: str(path) for name, path in files.items()}, show=lines([f"{name:<12} {path}" for name, path in files.items()])
+    )

@@ -112,7 +112,8 @@ def _progress(total: int) -> Iterator[Say]:
             bar.update(number, completed=done, now=name)
             return
         bar.update(number, completed=done)
-        _print(bar, f"{done:>4} of {total}  {name}: {outcome.status} after {outcome.seconds:.0f} s{f': {outcome.reason}' if outcome.reason else ''}")
+        reason = f": {outcome.reason}" if outcome.reason else ""
+        _print(bar, f"{done:>4} of {total}  {name}: {outcome.status} after {outcome.seconds:.0f} s{reason}")
 
     with bar:
         yield say
@@ -152,5 +153,7 @@ def _show(args: Args, results: Results) -> None:
 
     print_results(results)
     if not results.done:
-        raise UserError(f"no point of {args.grid} has figures; the reasons stand above, the logs in {args.output}/points/*/repeat_*/log.txt")
+        raise UserError(
+            f"no point of {args.grid} has figures; the reasons stand above, the logs in {args.output}/points/*/repeat_*/log.txt"
+        )
     print(f"megasora study report {args.output} draws them")

@@ -71,7 +71,7 @@ def _step(trace: RankTrace, number: int, time: Interval, *, journey: float) -> S
         ("gaps", [time]),
     ]
     found = layered([*computing, *travelling, *waiting] if trace.device == "cuda" else [*travelling, *computing, *waiting])
-    exposed = {axis: found[axis] / 1e6 for axis in AXES}
+    exposed: dict[str, float] = {axis: found[axis] / 1e6 for axis in AXES}
     arrivals = sum(1 for c in trace.collectives if is_arrival(c, trace.device) and time.start <= c.time.start < time.stop)
     pipeline = min(exposed["pp"], arrivals * journey / 1e6)
     parts = {
