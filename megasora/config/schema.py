@@ -300,7 +300,9 @@ class CheckpointConfig:
     """When and what is saved."""
 
     interval_steps: int = 500
-    """Steps between checkpoints; the last step is always saved. 0 saves only the last."""
+    """Steps between checkpoints; the last step is saved too. 0 saves only the last."""
+    save_last: bool = True
+    """Save the last step too; a run that only measures need not."""
     keep: int = 3
     """Newest checkpoints kept; 0 keeps all."""
     keep_every_steps: int = 0
@@ -425,6 +427,18 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Traces of some steps, by torch.profiler; `megasora study trace` reads them."""
+
+    steps: str | None = None
+    """First and last traced step, counted from 1: 10:12. None traces nothing; the steps before the first should include a few warm ones."""
+    folder: str | None = None
+    """Where each rank writes rank_00000.json.gz; None: profile/ in the run's folder."""
+    shapes: bool = False
+    """Record the shapes of operators' inputs: larger traces, slower steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The run itself."""
 
@@ -461,6 +475,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes cuda when there is one."""
     run_dir: str | None = None

@@ -11,6 +11,7 @@ from megasora.config.memory import memory_estimate
 from megasora.config.memory_cure import H200_BYTES, memory_cure
 from megasora.config.parameters import modulation_parameters
 from megasora.config.problem import Check, Problem
+from megasora.config.profile_steps import check_profile
 from megasora.config.schema import RunConfig
 
 
@@ -388,6 +389,7 @@ CHECKS: tuple[Check, ...] = (
     _cache,
     _tiles,
     _numbers,
+    check_profile,
     check_start,
     _sample,
 )
