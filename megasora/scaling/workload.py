@@ -21,7 +21,7 @@ from megasora.data.buckets import ASPECTS, height_by_width
 from megasora.data.manifest import Clip, read_manifest
 from megasora.data.plan import PlannedClip, SamplerState, assign_packs, mix_of, next_step, plan_clip, plan_clips
 from megasora.parallel.pack import SampleShape
-from megasora.scaling.settings import Clips
+from megasora.scaling.settings import Clips as Clips
 
 DRAWN = 4096
 """Clips drawn: enough for the shares of the buckets to settle within 2 %."""
