@@ -80,6 +80,8 @@ class Hardware:
     """Ranks that share one computer's compute units (a CPU): more ranks are slower by as much. 0: each has its own."""
     compute_loss: Points = ()
     """Ranks at work on one computer -> factor on every rate of each (measured); empty: by `compute_ranks` alone."""
+    process_bytes: float = 0.0
+    """Resident memory of a rank's process before its model (a CPU, where a run's peak counts it)."""
     host_bytes_per_s: float = 50e9
     """Between GPU and host memory, one way."""
     dollars_per_gpu_hour: float | None = None

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Protocol
 
 from megasora.config.memory import block_modes, stage_estimate, ulysses_size
 from megasora.config.parameters import ParameterShape, parameter_shapes
 from megasora.config.schema import RunConfig
+from megasora.parallel.topology import Coordinates
 from megasora.perf.buckets import Bucket, bucket_size, lay_out
 from megasora.perf.collectives import (
     StageShape,
@@ -44,6 +46,22 @@ class Compared:
     def gap(self) -> float:
         """Relative difference."""
         return abs(self.counted - self.computed) / max(1, self.computed)
+
+
+class RankStep(Protocol):
+    """A rank's place and packs: what closed forms are computed from. A dry run is one."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def at(self) -> Coordinates: ...
+
+    @property
+    def zero_stage(self) -> int: ...
+
+    @property
+    def microbatches(self) -> tuple[PackOnRank, ...]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +100,7 @@ def compare_memory(run: DryRun, config: RunConfig) -> tuple[Compared, ...]:
     return (*found, Compared(name="activations", counted=memory.activations, computed=most))
 
 
-def expected_state(run: DryRun, config: RunConfig) -> tuple[Part, ...]:
+def expected_state(run: RankStep, config: RunConfig) -> tuple[Part, ...]:
     """Weights, gradients, optimizer, EMA and padding of the rank, from the layout alone."""
     parallel, number = config.parallel, ITEMSIZE[config.precision.dtype]
     shards = shards_of(run, config)
@@ -103,7 +121,7 @@ def expected_state(run: DryRun, config: RunConfig) -> tuple[Part, ...]:
     return tuple(Part(name=name, bytes=size) for name, size in sizes.items())
 
 
-def _buckets(run: DryRun, config: RunConfig, number: int) -> list[Bucket]:
+def _buckets(run: RankStep, config: RunConfig, number: int) -> list[Bucket]:
     """Of a chunk's gradient buffer."""
     chunk = _chunks(config, run.at.pp)[number]
     blocks, rest = _parameters(chunk.stage, config)
@@ -118,7 +136,7 @@ def _buckets(run: DryRun, config: RunConfig, number: int) -> list[Bucket]:
     return lay_out([shape.elements for shape in (*first, *blocks, *last)], shards=shards_of(run, config), bucket_size=size)
 
 
-def expected_flops(run: DryRun, config: RunConfig) -> tuple[LayerFlops, ...]:
+def expected_flops(run: RankStep, config: RunConfig) -> tuple[LayerFlops, ...]:
     """FLOPs of the rank's step by kind."""
     tp, ulysses = config.parallel.tensor_model_parallel_size, ulysses_size(config)
     return add_flops(
@@ -128,7 +146,7 @@ def expected_flops(run: DryRun, config: RunConfig) -> tuple[LayerFlops, ...]:
     )
 
 
-def expected_messages(run: DryRun, config: RunConfig) -> dict[tuple[str, str], int]:
+def expected_messages(run: RankStep, config: RunConfig) -> dict[tuple[str, str], int]:
     """Bytes by (group, kind); receives are the other end of sends."""
     found: Counter[tuple[str, str]] = Counter()
     chunks = _chunks(config, run.at.pp)
@@ -197,7 +215,7 @@ def _of_pass(chunk: _Chunk, pack: PackOnRank, config: RunConfig) -> dict[str, Tr
     }
 
 
-def _of_step_end(chunk: _Chunk, number: int, run: DryRun, config: RunConfig) -> dict[str, Traffic]:
+def _of_step_end(chunk: _Chunk, number: int, run: RankStep, config: RunConfig) -> dict[str, Traffic]:
     """Gradients and weights of a chunk, once a step or (ZeRO-2 and ZeRO-3) once a micro-batch; the number of samples with chunk 0."""
     parallel, model, itemsize = config.parallel, config.model, ITEMSIZE[config.precision.dtype]
     tp, shards = parallel.tensor_model_parallel_size, shards_of(run, config)
@@ -233,7 +251,7 @@ def _of_step_end(chunk: _Chunk, number: int, run: DryRun, config: RunConfig) -> 
     return {"tp": over_tp, "dp_cp": Traffic(all_gather=sums.all_gather, reduce_scatter=sums.reduce_scatter) + counted}
 
 
-def shards_of(run: DryRun, config: RunConfig) -> int:
+def shards_of(run: RankStep, config: RunConfig) -> int:
     """Ranks that hold the same part of the model: DP x CP."""
     return run.world_size // (config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size)
 

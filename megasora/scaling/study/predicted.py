@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from megasora.config.memory import memory_estimate
 from megasora.config.schema import RunConfig
+from megasora.perf.hardware import Hardware, load_hardware
+from megasora.scaling.forecast.messages import message_bytes
+from megasora.scaling.forecast.step import forecast_step, mean_forecast, parts_dict
+from megasora.scaling.workload import planned_clips, steps_of
+
+STEPS = 4
+"""Steps that a prediction is the mean of."""
 
 PARTS = (
     "compute",
@@ -58,8 +66,30 @@ def predictor(hardware: str | None) -> Predict | None:
     """
     if hardware is None:
         return None
-    from megasora.perf.hardware import load_hardware
+    profile = load_hardware(hardware)
+    return lambda config, ranks: predict(config, world_size=ranks, hardware=profile)
 
-    load_hardware(hardware)
-    # WIRED HERE: return lambda config, ranks: the prediction of megasora.scaling.forecast on this profile, as a `Predicted`
-    return None
+
+def predict(config: RunConfig, *, world_size: int, hardware: Hardware) -> Predicted:
+    """The forecast of a run's first step, on the clips that it trains on.
+
+    Raises:
+        UserError: the layout does not divide the ranks, or there are clips of no known size.
+    """
+    clips = planned_clips(config)
+    packs = steps_of(config, clips, world_size=world_size, steps=STEPS)
+    forecasts = [forecast_step(config, one, world_size=world_size, hardware=hardware) for one in packs]
+    step = mean_forecast(forecasts)
+    return Predicted(
+        step_time_s=step.step_time_s,
+        peak_memory_bytes=_memory(config, step.peak_memory_bytes, world_size=world_size, hardware=hardware),
+        communication_bytes=message_bytes(config, packs[0], world_size=world_size),
+        parts=parts_dict(step.parts),
+    )
+
+
+def _memory(config: RunConfig, total: float, *, world_size: int, hardware: Hardware) -> float:
+    """What a run's metrics call its peak: allocated by torch on a GPU, resident in a process on a CPU, which has no GPU's workspace."""
+    if hardware.device == "cuda":
+        return total
+    return total - memory_estimate(config, world_size=world_size).workspace + hardware.process_bytes
