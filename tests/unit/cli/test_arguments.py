@@ -58,7 +58,7 @@ def commands(group: Group) -> dict[str, Command]:
         (["compare", "a"], "compare needs B (megasora compare --help"),
         (["validate", "tiny", "--gpus", "0"], "--gpus 0 must be a positive number"),
         (["plan", "tiny", "--gpus", "8"], "plan: the layout planner is not available in this version"),
-        (["study", "--anything"], "study: scaling studies are not available in this version"),
+        (["study", "ran", "grid.yaml"], "no command ran; did you mean run?"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_cure(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
