@@ -49,9 +49,8 @@ class NamedCollectives:
     def install(self) -> None:
         """Put the ranges around every call from now on."""
         for method, operation in METHODS.items():
-            original = getattr(ProcessGroup, method, None)
-            if original is not None:
-                self._replace(ProcessGroup, method, self._named(original, operation))
+            if method in ProcessGroup.__dict__:
+                self._replace(ProcessGroup, method, self._named(getattr(ProcessGroup, method), operation))
         self._replace(Work, "wait", self._waiting(Work.wait))
 
     def remove(self) -> None:
@@ -62,7 +61,7 @@ class NamedCollectives:
         self._names.clear()
 
     def _replace(self, kind: type, method: str, function: Callable[..., Any]) -> None:
-        self._originals.append((kind, method, getattr(kind, method)))
+        self._originals.append((kind, method, kind.__dict__[method]))  # the descriptor: getattr's function would not bind
         setattr(kind, method, function)
 
     def _named(self, original: Callable[..., Any], operation: str) -> Callable[..., Any]:

@@ -75,11 +75,12 @@ def _scaling(entries: Sequence[Efficiency], size: str) -> str:
         for name, found in by_layout.items()
     }
     memory = _series(points, "peak_memory_bytes", factor=1e-9)
+    used = _series(points, use[0])
     drawn = [
         ("Throughput", plots.lines(_series(points, "tokens_per_s"), x_label="ranks", y_label="tokens/s")),
         ("Efficiency", plots.lines(shares, x_label="ranks", y_label="of the fewest ranks' best", ideal=1.0, percent=True)),
-        (use[1], plots.lines(_series(points, use[0]), x_label="ranks", y_label=use[1], percent=use[2])),
-        ("Peak memory of rank 0", plots.lines(memory, x_label="ranks", y_label="GB")),
+        *([(use[1], plots.lines(used, x_label="ranks", y_label=use[1], percent=use[2]))] if any(used.values()) else []),
+        *([("Peak memory of rank 0", plots.lines(memory, x_label="ranks", y_label="GB"))] if any(memory.values()) else []),
     ]
     return f'<p class="soft">size {escape(size)}</p>{plots.legend(layouts)}<div class="grid2">{"".join(map(_figure, drawn))}</div>'
 

@@ -60,7 +60,7 @@ def commands(group: Group) -> dict[str, Command]:
         (["plan", "tiny", "--gpus", "0"], "--gpus 0 must be a positive number"),
         (["plan", "tiny", "--gpus", "8", "--gpu", "h100:ib1"], "there are ib200, ib400, ib800 and price=DOLLARS"),
         (["plan", "tiny", "--gpus", "8", "--clips", "manifest"], "give one, or take --clips largest or drawn"),
-        (["study", "--anything"], "study: scaling studies are not available in this version"),
+        (["study", "ran", "grid.yaml"], "no command ran; did you mean run?"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_cure(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
