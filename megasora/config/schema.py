@@ -248,7 +248,8 @@ class EncodersConfig:
     """Autoencoder and text encoders, as local folders in their published formats."""
 
     vae: str | None = None
-    """Folder of a HunyuanVideo VAE (diffusers AutoencoderKLHunyuanVideo: config.json + safetensors)."""
+    """Folder of an autoencoder of clips; its config.json says which: HunyuanVideo's (diffusers AutoencoderKLHunyuanVideo), or a video DC-AE
+    as `megasora convert --to dc-ae` makes it."""
     t5: str | None = None
     """Folder of a T5 encoder (transformers T5EncoderModel) with its spiece.model."""
     clip: str | None = None
@@ -265,10 +266,16 @@ class EncodersConfig:
     spatial_compression: int = 8
     """Pixels per latent pixel."""
     tile_size: int = 256
-    """Side in pixels of the square tiles that larger pictures and clips are cut into for the autoencoder (a clip is never cut in time); 0
-    does not cut. Open-Sora models/hunyuan_vae: sample_size 256, use_spatial_tiling."""
+    """Side in pixels of the square tiles that larger pictures and clips are cut into for the autoencoder; 0 does not cut. Open-Sora
+    models/hunyuan_vae: sample_size 256, use_spatial_tiling."""
+    tile_frames: int = 0
+    """Frames of the windows that longer clips are cut into where the autoencoder is not causal; 0 does not cut. Open-Sora models/dc_ae:
+    temporal_tile_size 32, use_temporal_tiling."""
     tile_overlap: float = 0.25
-    """Share of a tile's side that it has in common with the next. Open-Sora models/hunyuan_vae: tile_overlap_factor."""
+    """Share of a tile's side, and of a window, that it has in common with the next. Open-Sora models/hunyuan_vae: tile_overlap_factor."""
+    scaling_factor: float | None = None
+    """Training and sampling multiply latents by it; None takes what the autoencoder's folder says. Of the video DC-AE that is 1, because
+    the released DiT lives on raw latents; Open-Sora's training config says 0.493 and means a division (2.0284 here), and never applies it."""
 
 
 @dataclass(frozen=True, kw_only=True)

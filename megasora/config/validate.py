@@ -298,6 +298,22 @@ def _tiles(config: RunConfig, world_size: int) -> Iterator[Problem]:
             message=f"{encoders.tile_overlap} of {encoders.tile_size} pixels is no whole number of latent pixels below the tile",
             cure="use 0.25",
         )
+    ratio, frames = encoders.temporal_compression, encoders.tile_frames
+    if not frames:
+        return
+    if encoders.causal:
+        yield Problem(
+            field="encoders.tile_frames",
+            message=f"is {frames}: a causal autoencoder takes clips whole in time",
+            cure="use 0",
+        )
+    elif frames < 0 or frames % ratio or not 0 < encoders.tile_overlap < 1 or (frames // ratio * encoders.tile_overlap) % 1:
+        # without an overlap a last latent frame would stand alone, and come back as one frame
+        yield Problem(
+            field="encoders.tile_frames",
+            message=f"{frames} frames, and {encoders.tile_overlap} of them, are no whole numbers of {ratio} frames above 0",
+            cure="use 32 with encoders.tile_overlap 0.25, or 0 for no windows",
+        )
 
 
 def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:

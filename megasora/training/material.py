@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megasora.data.cache.layout import latent_names
 from megasora.diffusion.conditions import GivenFrames
-from megasora.models.encoders.posterior import Posterior
-from megasora.models.encoders.vae import HunyuanVAE
+from megasora.models.autoencoders.autoencoder import Autoencoder
+from megasora.models.autoencoders.posterior import Posterior
 from megasora.parallel.transfer import send
 
 
@@ -29,7 +29,7 @@ class DecodedClip:
     """Pixels, encoded when asked."""
 
     video: Tensor
-    vae: HunyuanVAE
+    vae: Autoencoder
 
     def latent(self, run: GivenFrames | None) -> Posterior:
         """See `LatentMaterial.latent`."""

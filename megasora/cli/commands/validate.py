@@ -53,14 +53,20 @@ def run(args: Args) -> Answer:
 def _autoencoder(config: RunConfig) -> dict[str, Any] | None:
     """Bytes of the autoencoder for the run's largest clip, which is encoded in training (beside a cache it is not), and its sample clips.
 
-    None for an autoencoder that this version does not build; nothing to encode where clips keep their own size.
+    None for an autoencoder of no published size without a folder; nothing to encode where clips keep their own size.
     """
-    from megasora.models.encoders.memory import AutoencoderMemory
+    import torch
 
-    if config.encoders.spatial_compression != 8 or config.model.latent_channels != 16:
+    from megasora.models.autoencoders.choice import blank_autoencoder
+    from megasora.models.autoencoders.memory import AutoencoderMemory
+    from megasora.models.encoders.bundle import be_quiet
+
+    be_quiet()
+    autoencoder = blank_autoencoder(config.encoders, dtype=torch.bfloat16 if config.encoders.dtype == "bf16" else torch.float32)
+    if autoencoder is None or autoencoder.facts.latent_channels != config.model.latent_channels:
         return None
     sample, largest, unit = config.sample, largest_clip(config), config.encoders.spatial_compression * config.model.patch_size
-    memory = AutoencoderMemory(config.encoders)
+    memory = AutoencoderMemory(autoencoder)
     result: dict[str, Any] = {"weights": memory.weights}
     if largest is not None:
         frames, side = largest[0], int(largest[1] / unit) * unit

@@ -84,6 +84,8 @@ class CacheSettings:
     text_dim: int
     vec_dim: int
     dtype: Dtype
+    tile_frames: int = 0
+    """Of the autoencoder's windows; 0: clips were not cut in time."""
 
     @property
     def num_shards(self) -> int:
@@ -152,6 +154,7 @@ def settings_of(
         text_dim=model.text_dim,
         vec_dim=model.vec_dim,
         dtype=encoders.dtype,
+        tile_frames=encoders.tile_frames,
     )
 
 

@@ -11,8 +11,9 @@ import torch
 
 from megasora import cli, recipes
 from megasora.config.schema import EncodersConfig
+from megasora.models.autoencoders.choice import blank_autoencoder
+from megasora.models.autoencoders.memory import AutoencoderMemory
 from megasora.models.encoders.bundle import load_encoders
-from megasora.models.encoders.memory import AutoencoderMemory
 from megasora.models.encoders.tiny import make_tiny_encoders
 from megasora.perf.allocations import Allocations
 
@@ -24,8 +25,10 @@ def test_counted_is_allocated(tmp_path: Path, tile_size: int) -> None:
     config: EncodersConfig = make_tiny_encoders(tmp_path / "e", captions=["a"], model=TINY.model, base=TINY.encoders)
     config = replace(config, tile_size=tile_size)
     vae = load_encoders(config, model=TINY.model, device=torch.device("cpu"), parts=("vae",)).vae
-    memory = AutoencoderMemory(config)
-    weights = list(vae.vae.parameters())
+    blank = blank_autoencoder(config, dtype=torch.float32)
+    assert blank is not None
+    memory = AutoencoderMemory(blank)
+    weights = list(vae.parameters())
     assert memory.weights == sum(weight.nbytes for weight in weights)
     video, latent = torch.zeros(3, 9, 48, 64), torch.zeros(16, 3, 6, 8)
     for given, through, counted in ((video, vae.posterior, memory.encode), (latent, vae.decode, memory.decode)):
