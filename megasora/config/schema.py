@@ -274,8 +274,8 @@ class EncodersConfig:
     tile_overlap: float = 0.25
     """Share of a tile's side, and of a window, that it has in common with the next. Open-Sora models/hunyuan_vae: tile_overlap_factor."""
     scaling_factor: float | None = None
-    """Training and sampling multiply latents by it; None takes what the autoencoder's folder says. Of the video DC-AE that is 1, because
-    the released DiT lives on raw latents; Open-Sora's training config says 0.493 and means a division (2.0284 here), and never applies it."""
+    """Training and sampling multiply latents by it; None takes what the autoencoder's folder says. Of the video DC-AE that is 1:
+    the released DiT lives on raw latents; Open-Sora's training config says 0.493 to divide by (2.0284 here) and never applies it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,9 +101,9 @@ def draw_first_frames(
             if world.leads:
                 vae = vae or load_image_autoencoder(settings.vae, device=session.device, dtype=dtype)
                 folder.mkdir(parents=True, exist_ok=True)
-                picture = vae.decode(latent)
-                assert picture is not None  # no group: it is decoded here
-                write_picture(path, picture[:, 0].float())
+                pixels = vae.decode(latent)
+                assert pixels is not None  # no group: it is decoded here
+                write_picture(path, pixels[:, 0].float())
                 write_record(path.with_suffix(".json"), record)
             dist.barrier(group=world.groups.clip)
         made.append(replace(request, kind="i2v_head", image=path))

@@ -221,7 +221,9 @@ def encoder_facts(folder: str, *, known: EncoderFacts | None = None) -> EncoderF
 
 
 def _counts(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".bin", ".json", ".model") or path.name == "merges.txt"
+    """Whether a file decides numbers; the manifest of the conversion that made the folder does not."""
+    decides = path.suffix in (".safetensors", ".bin", ".json", ".model") or path.name == "merges.txt"
+    return decides and path.name != "manifest.json"
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """What every autoencoder is to the rest of the project, whichever networks it has: clips to latents and back, with its rules as data.
 
-A `Network` does one whole clip or one tile; `Autoencoder` cuts, blends, scales, shares tiles out over ranks and refuses what it does not take.
-Shape letters: C latent channels, T H W frames, height, width, t h w the same of the latent.
+A `Network` does one whole clip or one tile; `Autoencoder` cuts, blends, scales, shares tiles out over ranks and refuses what it does not
+take. Shape letters: C latent channels, T H W frames, height, width, t h w the same of the latent.
 """
 
 from __future__ import annotations
@@ -53,23 +53,28 @@ class AutoencoderFacts:
         Raises:
             UserError: frames, height or width; names the nearest that it takes.
         """
-        rule = {"compression": self.temporal_compression, "causal": self.causal}
         if not self.takes(num_frames):
-            raise UserError(
-                f"{self.name} takes clips of {frame_rule(**rule)} frames, not {num_frames}; use {nearest_frame_count(num_frames, **rule)}"
-            )
+            ratio, causal = self.temporal_compression, self.causal
+            rule, near = frame_rule(compression=ratio, causal=causal), nearest_frame_count(num_frames, compression=ratio, causal=causal)
+            raise UserError(f"{self.name} takes clips of {rule} frames, not {num_frames}; use {near}")
         unit = self.spatial_compression
         if height % unit or width % unit:
-            near = " x ".join(str(max(1, round(side / unit)) * unit) for side in (height, width))
-            raise UserError(f"{self.name} takes heights and widths that divide by {unit}, not {height} x {width}; use {near}")
+            nearest = " x ".join(str(max(1, round(side / unit)) * unit) for side in (height, width))
+            raise UserError(f"{self.name} takes heights and widths that divide by {unit}, not {height} x {width}; use {nearest}")
 
 
 class Network(Protocol):
     """The networks of one kind of autoencoder, on a batch of one clip or tile."""
 
-    facts: AutoencoderFacts
-    module: nn.Module
-    """All of its parameters."""
+    @property
+    def facts(self) -> AutoencoderFacts:
+        """Its rules."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """All of its parameters."""
+        ...
 
     def moments(self, pixels: Float[Tensor, "1 3 T H W"]) -> Float[Tensor, "1 M t h w"]:
         """What it says of pixels in [-1, 1]; tiles are blended in this form."""
@@ -135,7 +140,7 @@ class Autoencoder:
         assert video.is_floating_point(), "pixels are normalised to [-1, 1] before they are encoded"  # levels would pass unnoticed
         self.facts.refuse(*video.shape[-3:])
         pixels = video[None].to(self.device, self.dtype)
-        cut = self._cut(*video.shape[-3:])
+        cut = self.cut(*video.shape[-3:])
         if cut is None:
             return self.network.posterior(self.network.moments(pixels))
         moments = tiled(pixels, self.network.moments, cut=cut)
@@ -161,7 +166,7 @@ class Autoencoder:
         """
         z = (latent[None] / self.scaling_factor + self.facts.shift_factor).to(self.device, self.dtype)
         facts = self.facts
-        cut = self._cut(latent.shape[-3] * facts.temporal_compression, *(side * facts.spatial_compression for side in latent.shape[-2:]))
+        cut = self.cut(latent.shape[-3] * facts.temporal_compression, *(side * facts.spatial_compression for side in latent.shape[-2:]))
         if cut is not None:
             video = tiled(z, self.network.pixels, cut=cut.inverse(), group=group, to=to)
         elif group is None or group.rank() == to:
@@ -170,7 +175,7 @@ class Autoencoder:
             video = None
         return None if video is None else video[0]
 
-    def _cut(self, num_frames: int, height: int, width: int) -> Cut | None:
+    def cut(self, num_frames: int, height: int, width: int) -> Cut | None:
         """How a clip of this size is cut for encoding; None where it is not."""
         if self.tiling is None:
             return None

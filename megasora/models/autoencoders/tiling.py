@@ -1,7 +1,7 @@
 """Overlapping tiles: each goes through the autoencoder alone, and neighbours are blended linearly over the overlap.
 
 In space: hpcaitech/Open-Sora opensora/models/hunyuan_vae/autoencoder_kl_causal_3d.py (spatial_tiled_encode, spatial_tiled_decode, blend_v,
-blend_h). In time, with tiles in space within: opensora/models/dc_ae/models/dc_ae.py (temporal_tiled_encode, temporal_tiled_decode, blend_t).
+blend_h). In time, with tiles in space within: opensora/models/dc_ae/models/dc_ae.py (temporal_tiled_encode, temporal_tiled_decode).
 A tile that has been blended is what the next one is blended with, so the order (rows from above, each from the left) matters.
 
 With a group the tiles are dealt out over its ranks, and one of them blends: the bits are those of one rank.
@@ -9,6 +9,7 @@ With a group the tiles are dealt out over its ranks, and one of them blends: the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -62,8 +63,8 @@ class Cut:
     time: Steps | None = None
 
     def inverse(self) -> Cut:
-        """The same tiles on the way back. A single latent frame would come back as a picture, so no window is that short: as published, a clip
-        of 52 frames came back with 49."""
+        """The same tiles on the way back. No window is a single latent frame, which would come back as a picture: as published, 52 frames
+        come back as 49."""
         space, time = self.space, self.time
         return Cut(
             space=space and replace(space, before=space.after, after=space.before),
@@ -118,6 +119,20 @@ class _Axis:
         starts = steps.starts(length)
         return cls(starts=starts, before=steps.before, after=[steps.made_of(length, start) for start in starts])
 
+    def sizes(self, length: int) -> list[int]:
+        """Lines of each tile before it goes through."""
+        return [min(self.before, length - start) for start in self.starts]
+
+
+def tile_sizes(lengths: tuple[int, int, int], cut: Cut | None) -> Counter[tuple[int, int, int]]:
+    """How many tiles of each size (t, h, w) a clip of these lengths is cut into."""
+    if cut is None:
+        return Counter([lengths])
+    time, rows, columns = (
+        _Axis.of(steps, length).sizes(length) for steps, length in zip((cut.time, cut.space, cut.space), lengths, strict=True)
+    )
+    return Counter((t, h, w) for t in time for h in rows for w in columns)
+
 
 def tiled(
     whole: Tensor, through: Callable[[Tensor], Tensor], *, cut: Cut, group: dist.ProcessGroup | None = None, to: int = 0
@@ -147,8 +162,10 @@ def tiled(
 
 
 def _tile(whole: Tensor, axes: list[_Axis], place: tuple[int, int, int]) -> Tensor:
-    slices = (slice(axis.starts[number], axis.starts[number] + axis.before) for axis, number in zip(axes, place, strict=True))
-    return whole[(..., *slices)]
+    for dim, axis, number in zip((-3, -2, -1), axes, place, strict=True):
+        start = axis.starts[number]
+        whole = whole.narrow(dim, start, min(axis.before, whole.shape[dim] - start))
+    return whole
 
 
 def _collect(own: list[Tensor], sides: list[tuple[int | None, ...]], *, group: dist.ProcessGroup, to: int) -> list[Tensor] | None:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 INDEX_LIMIT = 2**31
-"""Elements of a tensor that torch's convolutions index with 32 bits (Open-Sora models/vae/utils.py, ChannelChunkConv3d, splits there too)."""
+"""Elements of a tensor that torch's convolutions index with 32 bits (Open-Sora models/vae/utils.py, ChannelChunkConv3d)."""
 
 
 class Convolution(nn.Conv3d):

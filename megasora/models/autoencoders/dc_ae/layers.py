@@ -1,4 +1,4 @@
-"""Small modules that give tensors their published names: a convolution with what follows it, a sum with a shortcut, a list of operations."""
+"""Small modules that give tensors their published names: a convolution with what follows it, a sum with a shortcut, a list."""
 
 from __future__ import annotations
 
