@@ -258,6 +258,9 @@ class EncodersConfig:
     """Number format of the encoders."""
     posterior: Literal["mean", "sample"] = "mean"
     """Latent that training takes from the autoencoder: the posterior's mean, or a sample drawn anew each time a clip is taken."""
+    hold_given: bool = False
+    """Where the autoencoder is not causal: encode a training clip of given pictures with each picture held for a whole latent frame, as
+    sampling shows it, instead of as it is. Open-Sora utils/train.py: pad, off in its training."""
     temporal_compression: int = 4
     """Video frames per latent frame."""
     causal: bool = True
@@ -352,6 +355,9 @@ class InitConfig:
     """Folder of an earlier run whose newest complete checkpoint gives the weights, instead of `weights`; ignored on resume, as they are."""
     run_weights: Literal["auto", "model", "ema"] = "auto"
     """Which weights of that run: the trained ones, or their moving average; auto takes the average where the run kept one."""
+    ends: Literal["as_given", "new_if_other"] = "as_given"
+    """What becomes of weights whose model has other in_channels, as one of another autoencoder has: as_given refuses them; new_if_other
+    lets img_in, cond_in and final_layer.linear start anew and keeps the rest (arXiv 2503.09642 section 4.3.3)."""
     follows: str | None = None
     """Recipe that this stage goes on from; a start from another run or from nothing is said in the log."""
     seed: int = 1024
