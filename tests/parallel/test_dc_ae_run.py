@@ -20,11 +20,13 @@ from megasora.data.decoding.writer import write_picture
 from megasora.inference.requests import Common
 from megasora.inference.sample import Wanted, run_sample
 from megasora.models.autoencoders.choice import load_autoencoder
+from megasora.training.encode.run import run_encode
+from megasora.training.encode.settings import EncodeSettings
 from megasora.training.material import DecodedClip
 from megasora.training.start import Start
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
 from tests.parallel.test_parity import layout
-from tests.pool import RankPool
+from tests.pool import RankFailedError, RankPool
 
 CPU = torch.device("cpu")
 
@@ -148,3 +150,19 @@ def test_given_pictures_are_held_where_it_is_asked_for(run_dir: Path, pool: Rank
     for change in ({"encoders": replace(config.encoders, causal=True)}, {"data": replace(config.data, cache="cache")}):
         found = problems(replace(config, **change), world_size=1)  # type: ignore[arg-type]
         assert any(problem.field == "encoders.hold_given" for problem in found)
+
+
+def encode_on_rank(rank: int, config: RunConfig, output: Path) -> None:
+    run_encode(config, EncodeSettings(output=output, samples_per_shard=4))
+
+
+def test_a_cache_of_its_latents_gives_the_same_curve(run_dir: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = replace(load_yaml(run_dir / "config.yaml"), parallel=layout(), run_dir=str(tmp_path / "run"))
+    pool.run(1, encode_on_rank, config, tmp_path / "cache")
+    cached = replace(config, data=replace(config.data, cache=str(tmp_path / "cache")))
+    pool.run(1, train_on_rank, cached)
+    for one, two in zip(metrics(tmp_path / "run"), metrics(run_dir), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    cut = replace(cached, encoders=replace(cached.encoders, tile_frames=0), run_dir=str(tmp_path / "cut"))
+    with pytest.raises(RankFailedError, match="tile_frames is 16 in the cache and 0 in this run"):
+        pool.run(1, train_on_rank, cut)

@@ -47,7 +47,7 @@ class Args(RecipeArgs):
     run: str | None = None
     """Run of the stage before, as --init.run (RUN)."""
     encoders_dir: str | None = None
-    """Folder with hunyuan-vae, t5-v1_1-xxl and clip-vit-large-patch14 (ENCODERS)."""
+    """Folder with hunyuan-vae (or dc-ae, for opensora2_dc_ae), t5-v1_1-xxl and clip-vit-large-patch14 (ENCODERS)."""
     launcher: Launcher = "srun"
     """srun: a task a rank. torchrun: a task a node, which starts its ranks again when one crashes, without a new place in the queue."""
     preemptible: bool = False
