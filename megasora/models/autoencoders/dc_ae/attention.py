@@ -31,10 +31,10 @@ class LiteMLA(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         heads = channels // head_dim
-        self.qkv = ConvNormAct(channels, 3 * channels, kernel=1)
+        self.qkv = ConvNormAct(Convolution(channels, 3 * channels, kernel=1))
         neighbours = Convolution(3 * channels, 3 * channels, kernel=AGGREGATION_KERNEL, groups=3 * channels)
         self.aggreg = nn.ModuleList([nn.Sequential(neighbours, Convolution(3 * channels, 3 * channels, kernel=1, groups=3 * heads))])
-        self.proj = ConvNormAct(2 * channels, channels, kernel=1, norm=True)
+        self.proj = ConvNormAct(Convolution(2 * channels, channels, kernel=1), norm=True)
 
     def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
         """What is added to x."""

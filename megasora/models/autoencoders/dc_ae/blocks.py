@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from megasora.models.autoencoders.dc_ae.attention import LiteMLA
+from megasora.models.autoencoders.dc_ae.convolution import Convolution
 from megasora.models.autoencoders.dc_ae.layers import ConvNormAct, Residual
 
 EXPANSION = 4
@@ -21,8 +22,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = ConvNormAct(channels, channels, bias=True, act="silu")
-        self.conv2 = ConvNormAct(channels, channels, norm=True)
+        self.conv1 = ConvNormAct(Convolution(channels, channels, bias=True), act="silu")
+        self.conv2 = ConvNormAct(Convolution(channels, channels), norm=True)
 
     def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
         """What is added to x."""
@@ -36,9 +37,9 @@ class GLUMBConv(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         wide = 2 * EXPANSION * channels
-        self.inverted_conv = ConvNormAct(channels, wide, kernel=1, bias=True, act="silu")
-        self.depth_conv = ConvNormAct(wide, wide, groups=wide, bias=True)
-        self.point_conv = ConvNormAct(wide // 2, channels, kernel=1, norm=True)
+        self.inverted_conv = ConvNormAct(Convolution(channels, wide, kernel=1, bias=True), act="silu")
+        self.depth_conv = ConvNormAct(Convolution(wide, wide, groups=wide, bias=True))
+        self.point_conv = ConvNormAct(Convolution(wide // 2, channels, kernel=1), norm=True)
 
     def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
         """What is added to x."""

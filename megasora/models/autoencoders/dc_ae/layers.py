@@ -11,34 +11,20 @@ from torch import Tensor, nn
 from megasora.models.autoencoders.dc_ae.convolution import Convolution
 from megasora.models.autoencoders.dc_ae.norm import ChannelNorm
 
-Stride = tuple[int, int, int]
-
 
 class ConvNormAct(nn.Module):
     """`conv`, then `norm` and SiLU where they are asked for.
 
     Args:
-        in_channels, out_channels: channels before and after.
-        kernel, stride, groups, bias: see `Convolution`.
+        conv: the convolution.
         norm: whether a norm follows.
         act: what follows that.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        kernel: int = 3,
-        stride: Stride = (1, 1, 1),
-        groups: int = 1,
-        bias: bool = False,
-        norm: bool = False,
-        act: Literal["silu"] | None = None,
-    ) -> None:
+    def __init__(self, conv: Convolution, *, norm: bool = False, act: Literal["silu"] | None = None) -> None:
         super().__init__()
-        self.conv = Convolution(in_channels, out_channels, kernel=kernel, stride=stride, groups=groups, bias=bias)
-        self.norm = ChannelNorm(out_channels) if norm else None
+        self.conv = conv
+        self.norm = ChannelNorm(conv.out_channels) if norm else None
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:

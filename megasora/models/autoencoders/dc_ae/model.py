@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megasora.config.dc_ae import DCAEConfig
 from megasora.models.autoencoders.dc_ae.blocks import EfficientViTBlock, ResBlock
+from megasora.models.autoencoders.dc_ae.convolution import Convolution
 from megasora.models.autoencoders.dc_ae.layers import ConvNormAct, OpList, Residual
 from megasora.models.autoencoders.dc_ae.norm import ChannelNorm
 from megasora.models.autoencoders.dc_ae.resampling import averaged, down_step, duplicated, up_step
@@ -21,7 +22,7 @@ from megasora.models.autoencoders.dc_ae.resampling import averaged, down_step, d
 Recompute = Literal["none", "stages"]
 
 
-def stage_blocks(config: DCAEConfig, stage: int, depth: int) -> list[nn.Module]:
+def stage_blocks(config: DCAEConfig, *, stage: int, depth: int) -> list[nn.Module]:
     """The blocks of a stage, all of one kind."""
     width = config.widths[stage]
     if stage < config.attention_from:
@@ -49,15 +50,15 @@ class Encoder(nn.Module):
         super().__init__()
         self.recompute: Recompute = recompute
         widths = config.widths
-        self.project_in = ConvNormAct(3, widths[0], bias=True)
+        self.project_in = ConvNormAct(Convolution(3, widths[0], bias=True))
         stages: list[nn.Module] = []
         for stage, depth in enumerate(config.encoder_depths):
-            operations = stage_blocks(config, stage, depth)
+            operations = stage_blocks(config, stage=stage, depth=depth)
             if stage + 1 < len(widths):
                 operations.append(down_step(widths[stage], widths[stage + 1], temporal=config.halves_time(stage)))
             stages.append(OpList(operations))
         self.stages = nn.ModuleList(stages)
-        out = OpList([ConvNormAct(widths[-1], config.latent_channels, bias=True)])
+        out = OpList([ConvNormAct(Convolution(widths[-1], config.latent_channels, bias=True))])
         self.project_out = Residual(out, partial(averaged, channels=config.latent_channels))
 
     def forward(self, pixels: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B C t h w"]:
@@ -76,15 +77,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.recompute: Recompute = recompute
         widths = config.widths
-        self.project_in = Residual(ConvNormAct(config.latent_channels, widths[-1], bias=True), partial(duplicated, channels=widths[-1]))
+        self.project_in = Residual(
+            ConvNormAct(Convolution(config.latent_channels, widths[-1], bias=True)), partial(duplicated, channels=widths[-1])
+        )
         stages: list[nn.Module] = []
         for stage, depth in enumerate(config.decoder_depths):
-            operations = stage_blocks(config, stage, depth)
+            operations = stage_blocks(config, stage=stage, depth=depth)
             if stage + 1 < len(widths):
                 operations.insert(0, up_step(widths[stage + 1], widths[stage], temporal=config.halves_time(stage)))
             stages.append(OpList(operations))
         self.stages = nn.ModuleList(stages)
-        self.project_out = OpList([ChannelNorm(widths[0]), nn.ReLU(), ConvNormAct(widths[0], 3, bias=True)])
+        self.project_out = OpList([ChannelNorm(widths[0]), nn.ReLU(), ConvNormAct(Convolution(widths[0], 3, bias=True))])
 
     def forward(self, latent: Float[Tensor, "B C t h w"]) -> Float[Tensor, "B 3 T H W"]:
         """Pixels in [-1, 1], not clamped, of latents that are not scaled."""

@@ -12,6 +12,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from megasora.models.autoencoders.dc_ae.convolution import Convolution
 from megasora.models.autoencoders.dc_ae.layers import ConvNormAct, Residual
 
 Factors = tuple[int, int, int]
@@ -78,7 +79,7 @@ class _EnlargeConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, temporal: bool) -> None:
         super().__init__()
         self.temporal = temporal
-        self.conv = ConvNormAct(in_channels, out_channels, bias=True)
+        self.conv = ConvNormAct(Convolution(in_channels, out_channels, bias=True))
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = self.conv(enlarged(x.contiguous(), factors_at(x, temporal=self.temporal)))
@@ -87,7 +88,7 @@ class _EnlargeConv(nn.Module):
 
 def down_step(in_channels: int, out_channels: int, *, temporal: bool) -> Residual:
     """Half the height and width, and half the frames of a clip where `temporal`."""
-    convolution = ConvNormAct(in_channels, out_channels, stride=(2 if temporal else 1, 2, 2), bias=True)
+    convolution = ConvNormAct(Convolution(in_channels, out_channels, stride=(2 if temporal else 1, 2, 2), bias=True))
     return Residual(convolution, partial(_averaged_here, channels=out_channels, temporal=temporal))
 
 
