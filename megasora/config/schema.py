@@ -248,7 +248,8 @@ class EncodersConfig:
     """Autoencoder and text encoders, as local folders in their published formats."""
 
     vae: str | None = None
-    """Folder of a HunyuanVideo VAE (diffusers AutoencoderKLHunyuanVideo: config.json + safetensors)."""
+    """Folder of an autoencoder of clips; its config.json says which: HunyuanVideo's (diffusers AutoencoderKLHunyuanVideo), or a video DC-AE
+    as `megasora convert --to dc-ae` makes it."""
     t5: str | None = None
     """Folder of a T5 encoder (transformers T5EncoderModel) with its spiece.model."""
     clip: str | None = None
@@ -257,6 +258,9 @@ class EncodersConfig:
     """Number format of the encoders."""
     posterior: Literal["mean", "sample"] = "mean"
     """Latent that training takes from the autoencoder: the posterior's mean, or a sample drawn anew each time a clip is taken."""
+    hold_given: bool = False
+    """Where the autoencoder is not causal: encode a training clip of given pictures with each picture held for a whole latent frame, as
+    sampling shows it, instead of as it is. Open-Sora utils/train.py: pad, off in its training."""
     temporal_compression: int = 4
     """Video frames per latent frame."""
     causal: bool = True
@@ -265,10 +269,16 @@ class EncodersConfig:
     spatial_compression: int = 8
     """Pixels per latent pixel."""
     tile_size: int = 256
-    """Side in pixels of the square tiles that larger pictures and clips are cut into for the autoencoder (a clip is never cut in time); 0
-    does not cut. Open-Sora models/hunyuan_vae: sample_size 256, use_spatial_tiling."""
+    """Side in pixels of the square tiles that larger pictures and clips are cut into for the autoencoder; 0 does not cut. Open-Sora
+    models/hunyuan_vae: sample_size 256, use_spatial_tiling."""
+    tile_frames: int = 0
+    """Frames of the windows that longer clips are cut into where the autoencoder is not causal; 0 does not cut. Open-Sora models/dc_ae:
+    temporal_tile_size 32, use_temporal_tiling."""
     tile_overlap: float = 0.25
-    """Share of a tile's side that it has in common with the next. Open-Sora models/hunyuan_vae: tile_overlap_factor."""
+    """Share of a tile's side, and of a window, that it has in common with the next. Open-Sora models/hunyuan_vae: tile_overlap_factor."""
+    scaling_factor: float | None = None
+    """Training and sampling multiply latents by it; None takes what the autoencoder's folder says. Of the video DC-AE that is 1:
+    the released DiT lives on raw latents; Open-Sora's training config says 0.493 to divide by (2.0284 here) and never applies it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +357,9 @@ class InitConfig:
     """Folder of an earlier run whose newest complete checkpoint gives the weights, instead of `weights`; ignored on resume, as they are."""
     run_weights: Literal["auto", "model", "ema"] = "auto"
     """Which weights of that run: the trained ones, or their moving average; auto takes the average where the run kept one."""
+    ends: Literal["as_given", "new_if_other"] = "as_given"
+    """What becomes of weights whose model has other in_channels, as one of another autoencoder has: as_given refuses them; new_if_other
+    lets img_in, cond_in and final_layer.linear start anew and keeps the rest (arXiv 2503.09642 section 4.3.3)."""
     follows: str | None = None
     """Recipe that this stage goes on from; a start from another run or from nothing is said in the log."""
     seed: int = 1024
