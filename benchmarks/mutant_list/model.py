@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutant_list.mutant import (
     BRANCHES,
+    DC_AE,
     DIFFUSERS,
     ENCODERS,
     FP8_RUN,
@@ -12,6 +13,7 @@ from mutant_list.mutant import (
     MATHS,
     SCHEDULE,
     TILING,
+    WINDOWS,
     Mutant,
     parity_test,
 )
@@ -101,6 +103,7 @@ MUTANTS = (
         "int(self.before * (1 - self.overlap))",
         "int(self.before * self.overlap)",
         TILING,
+        WINDOWS,
     ),
     Mutant(
         "tiles blend what was not blended",
@@ -108,6 +111,7 @@ MUTANTS = (
         "* (1 - share) + lines * share",
         "* share + lines * (1 - share)",
         TILING,
+        WINDOWS,
     ),
     Mutant(
         "tiles go to the rank after",
@@ -115,6 +119,56 @@ MUTANTS = (
         "(to + number) % group.size()",
         "(to + number + 1) % group.size()",
         TILING,
+        WINDOWS,
+    ),
+    Mutant(
+        "a last window of one latent frame",
+        "megasora/models/autoencoders/tiling.py",
+        "after=time.before, shortest=2",
+        "after=time.before, shortest=1",
+        WINDOWS,
+    ),
+    Mutant(
+        "windows are cut at the end",
+        "megasora/models/autoencoders/tiling.py",
+        "for window in windows[:-1]), windows[-1]]",
+        "for window in windows)]",
+        WINDOWS,
+    ),
+    Mutant(
+        "time is the innermost of a cell",
+        "megasora/models/autoencoders/dc_ae/resampling.py",
+        "permute(0, 1, 3, 5, 7, 2, 4, 6)",
+        "permute(0, 1, 5, 7, 3, 2, 4, 6)",
+        DC_AE,
+    ),
+    Mutant(
+        "one frame is two",
+        "megasora/models/autoencoders/dc_ae/resampling.py",
+        "temporal and x.shape[2] != 1",
+        "temporal",
+        DC_AE,
+    ),
+    Mutant(
+        "a norm without its weight",
+        "megasora/models/autoencoders/dc_ae/norm.py",
+        "normalised * self.weight.view(shape) + self.bias",
+        "normalised + self.bias",
+        DC_AE,
+    ),
+    Mutant(
+        "linear attention is a sum",
+        "megasora/models/autoencoders/dc_ae/attention.py",
+        "(out[:, :, -1:] + EPS)",
+        "1",
+        DC_AE,
+    ),
+    Mutant(
+        "runs of frames without their neighbours",
+        "megasora/models/autoencoders/dc_ae/convolution.py",
+        "start * stride - reach, (stop - 1) * stride + reach + 1",
+        "start * stride, (stop - 1) * stride + 1",
+        DC_AE,
     ),
     Mutant(
         "rotary axes in another order",
@@ -205,6 +259,7 @@ MUTANTS = (
         "megasora/models/mmdit/kernels/triton_norm.py",
         "deviation = tl.where(inside, values - centre, 0.0)",
         "deviation = values - centre",
+        DC_AE,
         KERNELS,
     ),
     Mutant(
@@ -212,6 +267,7 @@ MUTANTS = (
         "megasora/models/mmdit/kernels/triton_norm.py",
         "of_shift += upstream\n",
         "of_shift += tl.where(token < stop - 1, upstream, 0.0)\n",
+        DC_AE,
         KERNELS,
     ),
     Mutant(
@@ -219,6 +275,7 @@ MUTANTS = (
         "megasora/models/mmdit/kernels/triton_heads.py",
         "grad_a * cos + grad_b * sin, grad_b * cos - grad_a * sin",
         "grad_a * cos - grad_b * sin, grad_b * cos + grad_a * sin",
+        DC_AE,
         KERNELS,
     ),
     Mutant(
@@ -226,6 +283,7 @@ MUTANTS = (
         "megasora/models/mmdit/kernels/triton_heads.py",
         "to_heads = real[:, None] & (column < heads_width)[None, :]",
         "to_heads = (token >= 0)[:, None] & (column < heads_width)[None, :]",
+        DC_AE,
         KERNELS,
     ),
     Mutant(

@@ -243,6 +243,8 @@ def _write(plan: AutoencoderPlan, target: Path, options: Mapping[str, Any]) -> d
             rows = plan.rows(key)
             hashes[key] = sha256_of(rows)
             writer.write(key, rows)
+            for name in plan.items[key].piece.sources:
+                plan.source.reader.release(name)
         writer.close()
         facts = _manifest(plan, target, hashes, options)
         write_json(target.with_name(f"{target.name}.{manifests.NAME}") if single else whole / manifests.NAME, facts)
@@ -251,6 +253,7 @@ def _write(plan: AutoencoderPlan, target: Path, options: Mapping[str, Any]) -> d
 
 def _manifest(plan: AutoencoderPlan, target: Path, hashes: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:
     source = plan.source
+    read = {key: sha256_of(source.reader.rows(key)) for key in source.names.values()}
     return {
         "format": "megasora-conversion",
         "megasora": __version__,
@@ -269,8 +272,7 @@ def _manifest(plan: AutoencoderPlan, target: Path, hashes: Mapping[str, str], op
             for key, item in plan.items.items()
         },
         "source_tensors": {
-            key: {"dtype": info.dtype, "shape": list(info.shape), "sha256": sha256_of(source.reader.rows(key))}
-            for key, info in source.reader.infos.items()
+            key: {"dtype": info.dtype, "shape": list(info.shape), "sha256": read[key]} for key, info in source.reader.infos.items()
         },
     }
 

@@ -389,7 +389,7 @@ class SampleConfig:
     width: int = 256
     """Pixels; a multiple of spatial_compression x patch_size."""
     num_frames: int = 129
-    """Frames: 1 or 4k+1."""
+    """Frames: 1 or 4k+1; 1 or 4k from 8 on where the autoencoder is not causal."""
     fps: float = 24.0
     """Frames per second of the clip."""
     steps: int = 50
