@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megasora.config.errors import UserError
 from megasora.config.memory import stage_estimate
+from megasora.config.schema import ParallelConfig, PrecisionConfig
 from megasora.scaling.dryrun.classes import classes_of_step, rank_classes
 from megasora.scaling.dryrun.expected import compare
 from megasora.scaling.dryrun.result import DryRun
@@ -115,3 +124,33 @@ def test_many_different_replicas_are_counted_to_busier_ones() -> None:
     assert len(classes) <= 6
     assert any(one.match == "at most" for one in classes)
     assert sorted(rank for one in classes for rank in one.ranks) == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "changes", "message"),
+    [
+        (9, 8, {}, "--rank 9 is outside a world of 8 GPUs; use 0 to 7"),
+        (0, 0, {}, "--gpus 0 must be a positive number"),
+        (0, 3, {"tensor_model_parallel_size": 2}, "not a multiple of TP x PP x CP"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_its_cure(rank: int, world_size: int, changes: dict[str, Any], message: str) -> None:
+    config = job(8).config
+    with pytest.raises(UserError, match=re.escape(message)):
+        dry_run(replace(config, parallel=ParallelConfig(**changes)), world_size=world_size, rank=rank, clips="largest")
+
+
+def test_fp8_is_refused() -> None:
+    config = replace(job(8).config, precision=PrecisionConfig(fp8="tensorwise"), device="cuda")
+    with pytest.raises(UserError, match="dry-run with --precision.fp8 none"):
+        dry_run(config, world_size=8, rank=0, clips="largest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--rank", "1"], ["--all"]])
+def test_the_command_prints_json_alone(words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megasora", "dryrun", "tiny", "--gpus", "2", "--clips", "drawn", *words, "--json"]
+    done = subprocess.run([*command, "--output", str(tmp_path / "found")], capture_output=True, text=True, check=True)
+    data = json.loads(done.stdout)
+    assert data["world_size"] == 2
+    assert json.loads((tmp_path / "found" / "dryrun.json").read_text()) == data

@@ -30,7 +30,7 @@ class RankClass:
     """Ranks of which one is run."""
 
     rank: int
-    """The one: the first."""
+    """The one."""
     ranks: tuple[int, ...]
     """All of them."""
     stage: int
