@@ -76,9 +76,7 @@ def _product_flops(args: tuple[Any, ...]) -> int | None:
     return 2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
-def bytes_moved(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, *, formulas: Mapping[str, Callable[..., int]]
-) -> int:
+def bytes_moved(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, *, formulas: Mapping[str, Any]) -> int:
     """Bytes that one dispatched operation reads and writes; see `MemoryTraffic`."""
     name = func.overloadpacket.__name__
     if formula := formulas.get(name):

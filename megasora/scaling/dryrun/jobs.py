@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from unittest import mock
 
 from megasora.config.schema import RunConfig
 from megasora.scaling.dryrun.classes import RankClass, classes_of_step
 from megasora.scaling.dryrun.result import DryRun
 from megasora.scaling.dryrun.run import dry_run_step, refuse
 from megasora.scaling.workload import Clips, StepPacks, planned_clips, steps_of
+
+
+WORKER = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+"""Environment of the processes: Megatron warns at import of what a dry run does not need, and fake tensors compute nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,8 @@ def dry_run_all(
     advance(0, len(classes))
     runs: dict[int, DryRun] = {}
     workers = min(len(classes), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quietly) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, WORKER), ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         futures = {pool.submit(_run_one, config, step, world_size, one.rank): one for one in classes}
         try:
             for future in as_completed(futures):
@@ -52,12 +57,6 @@ def dry_run_all(
             pool.shutdown(cancel_futures=True)
             raise
     return tuple(ClassRun(of=one, run=runs[one.rank]) for one in classes)
-
-
-def _quietly() -> None:
-    """Megatron warns at import of what a dry run does not need; one thread a process, for fake tensors compute nothing."""
-    warnings.filterwarnings("ignore")
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _run_one(config: RunConfig, step: StepPacks, world_size: int, rank: int) -> DryRun:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from megasora.perf.flops import LayerKind
@@ -86,8 +87,8 @@ class Products:
 
 def _by_megatron(module: nn.Module) -> bool:
     """Whether the layer's products are in Megatron's autograd function; alone on its TP rank it is torch's own linear."""
-    return hasattr(module, "tp_group") and module.tp_group.size() > 1
+    return isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module.tp_group.size() > 1
 
 
 def _address(tensor: Tensor) -> tuple[int, int]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -16,11 +16,12 @@ from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from megasora.models.mmdit import build, model, recompute
 from megasora.models.mmdit.kernels.fused import FUSED
+from megasora.parallel import attention_kernels
 from megasora.parallel import context as context_parallel
 from megasora.parallel.pack import AttentionOrder
 from megasora.scaling.dryrun.recorder import Recorder
@@ -30,8 +31,8 @@ from megasora.training.fully_sharded import FullyShardedAdam
 STAND_INS = (
     "fake tensors on the CPU: sizes are a GPU's, nothing is computed; one rank of a fake process group, nothing is sent",
     "linear layers are Megatron-core's own with Transformer Engine's memory: tokens gathered over TP are freed after use",
-    "attention keeps what Transformer Engine's kernel keeps: q, k, v, its result, one fp32 number per token and head; ring attention is the "
-    "run's own over the CPU's kernel",
+    "attention keeps what Transformer Engine's kernel keeps: q, k, v, its result, one fp32 number per token and head; "
+    "ring attention is the run's own over the CPU's kernel",
     "the Triton kernels are asked for their outputs, not run",
     "numbers that a host would read (loss, gradient norm, number of samples) are 1",
     "Adam is torch's, in place, as Transformer Engine's is",
@@ -89,9 +90,9 @@ def _kernels(recorder: Recorder) -> Iterator[Any]:
     yield mock.patch.object(build, "choose_kernel", return_value=attention(recorder.products.attention))
     yield mock.patch.object(build, "choose_kernels", return_value=FUSED)
     yield mock.patch.object(nn.utils, "skip_init", lambda kind, *args, **kwargs: kind(*args, **kwargs))  # it swaps real tensors in
-    yield mock.patch.object(context_parallel, "chunk_forward", _of_chunks(context_parallel.chunk_forward, recorder, factor=4))
-    yield mock.patch.object(context_parallel, "chunk_backward", _of_chunks(context_parallel.chunk_backward, recorder, factor=8))
-    yield mock.patch.object(model, "keep_inputs_only", _recomputing(model.keep_inputs_only, recorder))
+    yield mock.patch.object(context_parallel, "chunk_forward", _of_chunks(attention_kernels.chunk_forward, recorder, factor=4))
+    yield mock.patch.object(context_parallel, "chunk_backward", _of_chunks(attention_kernels.chunk_backward, recorder, factor=8))
+    yield mock.patch.object(model, "keep_inputs_only", _recomputing(recompute.keep_inputs_only, recorder))
     yield mock.patch.object(recompute._Refill, "__call__", _during_recompute(recompute._Refill.__call__, recorder))
 
 
@@ -197,8 +198,8 @@ def _fully_sharded(recorder: Recorder) -> Iterator[Any]:
 
     yield mock.patch.object(DeviceMesh, "from_group", staticmethod(mesh_of))
     yield mock.patch.object(FSDPParam, "init_all_gather_outputs", gather)
-    yield mock.patch.object(_fsdp_param_group, "foreach_reduce", _reducing(_fsdp_param_group.foreach_reduce, recorder))
-    yield mock.patch.object(FullyShardedAdam, "_check_memory", lambda self: None)  # it compares addresses
+    yield mock.patch.object(_fsdp_param_group, "foreach_reduce", _reducing(_fsdp_collectives.foreach_reduce, recorder))
+    yield mock.patch.object(FullyShardedAdam, "_check_memory", return_value=None)  # it compares addresses
 
 
 def _reducing(real: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from megasora.training.optimizer import owned_shards
 from megasora.training.step import Trainee
@@ -31,14 +32,16 @@ def state_of(trainee: Trainee, *, zero_stage: int) -> State:
     shards = list(owned_shards(trainee.optimizer))
     averages = [] if trainee.ema is None else trainee.ema.averages
     parameters = [parameter for chunk in trainee.chunks for parameter in chunk.parameters()]
-    own_masters = [shard.master for shard in shards if not _shares(shard.master, parameters)] if zero_stage == 1 else _masters(shards)
-    adam = [*own_masters, *(value for shard in shards for name, value in shard.state.items() if name != "step")]
-    ema = [average for average in averages]
+    model = {parameter.untyped_storage()._cdata for parameter in parameters} if zero_stage == 1 else set()
+    masters = [shard.master for shard in shards if shard.master.untyped_storage()._cdata not in model]  # an fp32 model is its own master
+    adam = [*masters, *(value for shard in shards for name, value in shard.state.items() if name != "step")]
+    ema = list(averages)
     if zero_stage > 1:
-        return State(weights=0, gradients=0, optimizer=_bytes(adam), ema=_bytes(ema), padding=0, tensors=(*adam, *ema))
+        held = (*adam, *ema, *_sharded_rows(trainee))
+        return State(weights=0, gradients=0, optimizer=_bytes(adam), ema=_bytes(ema), padding=0, tensors=held)
     buffers = [buffer for chunk in trainee.wrapped if isinstance(chunk, DistributedDataParallel) for buffer in chunk.buffers]
     weights, gradients = _bytes(parameters), sum(4 * parameter.numel() for parameter in parameters)
-    held = [tensor for buffer in buffers for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None]
+    held = tuple(tensor for buffer in buffers for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None)
     return State(
         weights=weights,
         gradients=gradients,
@@ -49,14 +52,17 @@ def state_of(trainee: Trainee, *, zero_stage: int) -> State:
     )
 
 
-def _masters(shards: Iterable[object]) -> list[Tensor]:
-    return [shard.master for shard in shards]  # type: ignore[attr-defined]
-
-
-def _shares(master: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """An fp32 model is its own master."""
-    storages = {parameter.untyped_storage()._cdata for parameter in parameters}
-    return master.untyped_storage()._cdata in storages
+def _sharded_rows(trainee: Trainee) -> list[Tensor]:
+    """FSDP2's own buffers of a rank's rows. Where rows are padded and tensors are fake it copies the masters (it compares addresses to see
+    whether it must); a real run does not."""
+    rows = []
+    for chunk in trainee.chunks:
+        assert isinstance(chunk, FSDPModule), "ZeRO-2 and ZeRO-3 shard every chunk"
+        chunk._get_fsdp_state()._lazy_init()
+        for module in chunk.modules():
+            group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+            rows += [parameter._sharded_param_data for parameter in group.fsdp_params] if group is not None else []
+    return rows
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
