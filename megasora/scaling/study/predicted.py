@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
 
 PARTS = (
@@ -54,7 +55,7 @@ def predictor(hardware: str | None) -> Predict | None:
         hardware: name or file of a profile (`megasora.perf.hardware.load_hardware`).
 
     Raises:
-        UserError: there is no such profile.
+        UserError: there is no such profile, or this version cannot predict.
     """
     if hardware is None:
         return None
@@ -62,4 +63,4 @@ def predictor(hardware: str | None) -> Predict | None:
 
     load_hardware(hardware)
     # WIRED HERE: return lambda config, ranks: the prediction of megasora.scaling.forecast on this profile, as a `Predicted`
-    return None
+    raise UserError("--hardware: predictions are not in this version; run the study without it, report and compare need none")
