@@ -166,13 +166,13 @@ def check_grid(grid: Grid, name: str) -> None:
                 raise UserError(f"{name}.{kind}.{key}: needs a name of letters, digits, _ . + - and a mapping of settings")
 
 
-def base_config(grid: Grid) -> RunConfig:
-    """The recipe's own settings.
+def settings_of(recipe: str) -> RunConfig:
+    """A recipe's or a config.yaml's own settings.
 
     Raises:
         UserError: there is no such recipe or file.
     """
-    return load_yaml(Path(grid.recipe)) if grid.recipe.endswith((".yaml", ".yml")) else recipes.get(grid.recipe)
+    return load_yaml(Path(recipe)) if recipe.endswith((".yaml", ".yml")) else recipes.get(recipe)
 
 
 def points_of(grid: Grid) -> list[Point]:
@@ -181,7 +181,7 @@ def points_of(grid: Grid) -> list[Point]:
     Raises:
         UserError: a setting does not exist, or has the wrong type.
     """
-    base = base_config(grid)
+    base = settings_of(grid.recipe)
     found: dict[tuple[Any, ...], Point] = {}
     for (size, sized), (layout, laid_out), gpus, scaling in itertools.product(
         grid.sizes.items(), grid.layouts.items(), grid.gpus, grid.scaling

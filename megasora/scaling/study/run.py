@@ -18,7 +18,7 @@ import yaml
 from megasora.config.files import written_whole
 from megasora.config.io import to_dict
 from megasora.scaling.study.collect import collect
-from megasora.scaling.study.grid import Grid, Point, base_config, points_of, refusal
+from megasora.scaling.study.grid import Grid, Point, points_of, refusal, settings_of
 from megasora.scaling.study.launch import Handle, Launcher, Task, shown
 from megasora.scaling.study.machine import describe_machine, git_commit, versions
 from megasora.scaling.study.outcome import Outcome, judge, read_outcome, write_outcome
@@ -72,8 +72,8 @@ def _task(grid: Grid, point: Point, repeat: int, folder: Path) -> Task:
     config = point.config
     if grid.profile_steps is not None and repeat == 1:
         config = replace(config, profile=replace(config.profile, steps=grid.profile_steps))
-    flags = tuple(changed_flags(base_config(grid), config))
-    return Task(point=point, repeat=repeat, flags=flags, folder=folder / "points" / point.id / f"repeat_{repeat}")
+    flags = tuple(changed_flags(settings_of(grid.recipe), config))
+    return Task(point=replace(point, config=config), repeat=repeat, flags=flags, folder=folder / "points" / point.id / f"repeat_{repeat}")
 
 
 def open_folder(study: Study) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from megasora.config.errors import UserError
 from megasora.config.files import written_whole
-from megasora.scaling.study.grid import Point, SlurmSettings
+from megasora.scaling.study.grid import Point, SlurmSettings, settings_of
 from megasora.scaling.study.launch import Handle, Task
 from megasora.scaling.study.outcome import Ended
+from megasora.slurm.flags import changed_flags
 from megasora.slurm.history import read_history
 from megasora.slurm.job import SlurmJob, check_job
-from megasora.slurm.template import render
+from megasora.slurm.template import GIVEN, render
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
 
@@ -53,7 +54,7 @@ class SlurmLauncher:
             job = job_of(task, recipe=self.recipe, settings=self.settings)
             check_job(job)
             script.write_text(render(job))
-            said = _ask(["sbatch", "--parsable", f"--output={task.log}", f"--chdir={task.folder}", str(script)])
+            said = _ask(["sbatch", "--parsable", f"--output={task.log}", str(script)])
             with written_whole(number) as temporary:
                 temporary.write_text(said.split(";")[0].strip())
         return SlurmHandle(number.read_text().strip(), run_dir=task.run_dir)
@@ -70,7 +71,7 @@ def job_of(task: Task, *, recipe: str, settings: SlurmSettings) -> SlurmJob:
     return SlurmJob(
         recipe=recipe,
         config=replace(task.point.config, run_dir=str(task.run_dir)),
-        flags=task.flags,
+        flags=tuple(changed_flags(settings_of(recipe), task.point.config, without=GIVEN)),
         command="megasora study run",
         nodes=task.point.gpus // per_node,
         gpus_per_node=per_node,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -32,32 +33,33 @@ HEADINGS = {
 
 def print_results(results: Results) -> None:
     """One row a point, those without figures with their reason."""
-    table = Table(title=f"{results.name}: {len(results.done)} of {len(results.points)} points measured")
-    for heading in ("point", "step, s", "quartiles", "tokens/s", "efficiency", "TFLOP/s a rank", "memory, GB"):
+    table = Table(
+        title=f"{results.name}: {len(results.done)} of {len(results.points)} points measured", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading in ("point", "step, s", "quartiles", "tokens/s", "strong", "weak", "TFLOP/s", "GB"):
         left = heading == "point"
-        table.add_column(heading, justify="left" if left else "right", no_wrap=left, overflow="fold")
-    shares: dict[str, list[str]] = {}
-    for entry in efficiencies(results.points):
-        shares.setdefault(entry.point.id, []).append(f"{entry.scaling} {entry.value:.0%}")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    shares = {(entry.point.id, entry.scaling): f"{entry.value:.0%}" for entry in efficiencies(results.points)}
     for point in results.points:
-        table.add_row(*_row(point, "\n".join(shares.get(point.id, ()))))
+        table.add_row(*_row(point, [shares.get((point.id, scaling), "") for scaling in ("strong", "weak")]))
     console = Console()
     console.print(table)
+    console.print("tokens/s of all ranks; strong and weak: efficiency; TFLOP/s of a rank; GB: peak memory of rank 0", highlight=False)
     for point in results.points:
         if point.reason:
             console.print(f"{point.id}: {point.status}: {point.reason}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _row(point: PointResult, efficiency: str) -> list[str]:
+def _row(point: PointResult, shares: Sequence[str]) -> list[str]:
     time = point.metrics.get("step_time_s")
     if time is None:
-        return [point.id, point.status, *[""] * 5]
+        return [point.id, point.status, *[""] * 6]
     return [
         point.id,
-        f"{time.median:.4g}",
-        f"{time.q1:.3g} to {time.q3:.3g}",
+        f"{time.median:.3g}",
+        f"{time.q1:.3g} {time.q3:.3g}",
         f"{point.median('tokens_per_s') or 0:,.0f}",
-        efficiency,
+        *shares,
         f"{point.median('tflops_per_gpu') or 0:.3g}",
         f"{(point.median('peak_memory_bytes') or 0) / 1e9:.2f}",
     ]
@@ -66,7 +68,9 @@ def _row(point: PointResult, efficiency: str) -> list[str]:
 def print_comparison(comparison: Comparison) -> None:
     """Changes of points, points of one study, what differs about them."""
     a, b = comparison.names
-    table = Table(title=f"{a} and {b}; a change counts above {comparison.threshold:.0%} and above the spread")
+    table = Table(
+        title=f"{a} and {b}; a change counts above {comparison.threshold:.0%} and above the spread", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for heading in ("point", "metric", a, b, "change", "spread", ""):
         table.add_column(heading, justify="left" if heading in ("point", "metric", "") else "right", overflow="fold")
     for point in comparison.points:
@@ -87,19 +91,26 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def print_trace(rows: Sequence[StepParts]) -> None:
-    """Milliseconds by part, a row for each step and rank, and the mean."""
-    table = Table(title="milliseconds of a step by rank; communication where no compute covers it")
-    for heading in ("step", "rank", "all", *(HEADINGS[name] for name in COLUMNS), "world"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        parts = [f"{row.parts[name] * 1e3:.1f}" for name in COLUMNS]
-        table.add_row(str(row.step), str(row.rank), f"{row.seconds * 1e3:.1f}", *parts, f"{row.exposed['world'] * 1e3:.1f}")
-    table.add_section()
+    """Milliseconds by part, a row for each step and rank, and the mean; parts that no row has are left out."""
     mean = means(rows)
-    world = sum(row.exposed["world"] for row in rows) / len(rows)
-    table.add_row("mean", "", f"{sum(mean.values()) * 1e3:.1f}", *(f"{mean[name] * 1e3:.1f}" for name in COLUMNS), f"{world * 1e3:.1f}")
+    shown = [name for name in COLUMNS if mean[name] > 0]
+    table = Table(title="milliseconds of a step by rank; communication where no compute covers it", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("step", "rank", "all", *(HEADINGS[name] for name in shown), "world"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def cells(seconds: float, parts: Mapping[str, float], world: float) -> list[str]:
+        return [_milliseconds(value) for value in (seconds, *(parts[name] for name in shown), world)]
+
+    for row in rows:
+        table.add_row(str(row.step), str(row.rank), *cells(row.seconds, row.parts, row.exposed["world"]))
+    table.add_section()
+    table.add_row("mean", "", *cells(sum(mean.values()), mean, sum(row.exposed["world"] for row in rows) / len(rows)))
     Console().print(table)
     print("bubble holds world: waiting for all ranks to agree. megasora study trace --json has communication that compute covers, too")
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.2g}"
 
 
 def print_calibration(hardware: Hardware, found: Calibration) -> None:

@@ -120,16 +120,15 @@ def compute_losses(model: ModelConfig, *, device: torch.device, dtype: torch.dty
     counts = sorted({1, *(count for count in (2, 4, 8, 16) if count < world), world})
     x = torch.randn(MODEL_ROWS, model.hidden_size, device=device, dtype=dtype)
     weight = torch.randn(model.ffn_hidden_size, model.hidden_size, device=device, dtype=dtype)
-    means: list[float] = []
-    for count in counts:
-        sums = []
-        for _ in range(repeats):
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(repeats):  # counts in turn: a machine that slows down slows no count more than others
+        for count in counts:
             dist.barrier()
             own = torch.tensor([_calls_per_s(x, weight) if rank < count else 0.0], dtype=torch.float64)
             dist.all_reduce(own)
-            sums.append(float(own))
-        means.append(statistics.median(sums) / count)
-    return [(float(count), min(1.0, mean / means[0])) for count, mean in zip(counts, means, strict=True)]
+            rates[count].append(float(own) / count)
+    alone = statistics.median(rates[1])
+    return [(float(count), min(1.0, statistics.median(found) / alone)) for count, found in rates.items()]
 
 
 def _calls_per_s(x: Tensor, weight: Tensor) -> float:

@@ -204,7 +204,15 @@ def test_a_job_is_submitted_once_and_followed(
 ) -> None:
     fake_slurm(tmp_path / "bin", state=state, verdict=verdict)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    grid = Grid(**{**GRID.__dict__, "gpus": (16,), "slurm": SlurmSettings(gpus_per_node=8, account="a")})
+    grid = Grid(
+        **{
+            **GRID.__dict__,
+            "gpus": (16,),
+            "slurm": SlurmSettings(gpus_per_node=8, account="a"),
+            "profile_steps": "3",
+            "overrides": {"data.manifest": "clips.parquet"},
+        }
+    )
     task = plan_study(grid, tmp_path / "study").tasks[0]
     task.folder.mkdir(parents=True)
     launcher = SlurmLauncher("tiny", grid.slurm)
@@ -214,6 +222,9 @@ def test_a_job_is_submitted_once_and_followed(
     script = (task.folder / "seen").read_text()
     assert "#SBATCH --nodes=2" in script
     assert str(task.run_dir) in script
+    assert "MANIFEST=${MANIFEST:-clips.parquet}" in script  # given once, and not as a flag too
+    assert "--data.manifest clips.parquet" not in script
+    assert "--profile.steps 3" in script
 
 
 def test_without_slurm_the_local_launcher_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
