@@ -23,6 +23,8 @@ class Args:
     """Recipe or config.yaml whose widths and number format are measured; on a CPU take a small one."""
     output: Path | None = None
     """Profile to write, .yaml or .json; None only shows it."""
+    reference: Path | None = None
+    """A traced run of one rank on this machine (train --profile.steps 8:10): what its steps take beyond kernels goes into the profile."""
     name: str | None = None
     """Name of the profile; None: the host's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -43,6 +45,7 @@ def run(args: Args) -> Answer | None:
     from megasora.parallel import groups
     from megasora.perf.hardware import save_hardware
     from megasora.scaling.study.calibrate.profile import calibrate, hardware_of
+    from megasora.scaling.study.calibrate.reference import with_reference
 
     if args.output is not None and args.output.suffix not in (".yaml", ".yml", ".json"):
         raise UserError(f"--output {args.output} must end in .yaml or .json")
@@ -57,6 +60,8 @@ def run(args: Args) -> Answer | None:
     )
     about = f"{config.recipe} (H {config.model.hidden_size}) on {machine}, torch {torch.__version__}, {found.ranks} rank(s)"
     hardware = hardware_of(found, device=device, name=args.name or platform.node(), about=about)
+    if args.reference is not None:
+        hardware = with_reference(hardware, args.reference)
     if args.output is not None:
         with file_errors():
             save_hardware(hardware, args.output)

@@ -33,6 +33,8 @@ class Transfer:
     """That a rank sends, by the ring: (n-1)/n of the payload, twice that for an all-reduce, the payload of a message."""
     seconds: float
     """Median over repeats of the slowest rank."""
+    steps: int = 1
+    """Of its ring."""
 
 
 def transfers(sizes: Sequence[int], *, device: torch.device, repeats: int) -> list[Transfer]:
@@ -47,6 +49,7 @@ def transfers(sizes: Sequence[int], *, device: torch.device, repeats: int) -> li
                     payload_bytes=size,
                     sent_bytes=sent_bytes(operation, size, ranks=dist.get_world_size()),
                     seconds=_slowest(call, device=device, repeats=repeats),
+                    steps=ring_steps(operation, ranks=dist.get_world_size()),
                 )
             )
     return found
@@ -58,15 +61,20 @@ def sent_bytes(operation: str, payload: int, *, ranks: int) -> float:
     return payload * {**share, "all_to_all": (ranks - 1) / ranks, "send": 1.0}[operation]
 
 
-def fit(found: Sequence[Transfer]) -> tuple[float, float]:
-    """(bytes/s, latency in s) of a link: the median over operations of the largest size's rate, and of the smallest size's time.
+def ring_steps(operation: str, *, ranks: int) -> int:
+    """Messages one after another of a collective."""
+    return {"all_reduce": 2 * (ranks - 1), "send": 1}.get(operation, ranks - 1)
 
-    A collective of n ranks has n - 1 steps, but latency is what Hardware.Link asks of a whole small one.
+
+def fit(found: Sequence[Transfer]) -> tuple[float, float]:
+    """(bytes/s, latency in s) of a link: the median over operations of the largest size's rate, and of the smallest size's time a step.
+
+    A ring of n ranks has n - 1 steps, an all-reduce twice as many, a message one (`perf.network`).
     """
     rates, latencies = [], []
     for operation in dict.fromkeys(entry.operation for entry in found):
         own = sorted((entry for entry in found if entry.operation == operation), key=lambda entry: entry.payload_bytes)
-        latencies.append(own[0].seconds)
+        latencies.append(own[0].seconds / own[0].steps)
         rates.append(own[-1].sent_bytes / max(own[-1].seconds - own[0].seconds, own[-1].seconds * 0.1))
     return statistics.median(rates), statistics.median(latencies)
 
