@@ -15,7 +15,6 @@ from megasora.scaling.dryrun.result import DryRun
 from megasora.scaling.dryrun.run import dry_run_step, refuse
 from megasora.scaling.workload import Clips, StepPacks, planned_clips, steps_of
 
-
 WORKER = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 """Environment of the processes: Megatron warns at import of what a dry run does not need, and fake tensors compute nothing."""
 
