@@ -129,24 +129,29 @@ def fully_sharded_traffic(
     return Traffic(all_gather=itemsize * gathered, reduce_scatter=grad_itemsize * microbatches * (blocks + rest), all_reduce=4)
 
 
-def recompute_traffic(
-    *, double: int, single: int, model: ModelConfig, tp: int, ulysses: int, ring: int, tokens: int, samples: int, itemsize: int
-) -> Traffic:
+@dataclass(frozen=True, kw_only=True)
+class GroupSizes:
+    """Ranks of the groups that a block talks to."""
+
+    tp: int
+    ulysses: int
+    ring: int
+
+
+def recompute_traffic(blocks: StageShape, *, model: ModelConfig, sizes: GroupSizes, tokens: int, samples: int, itemsize: int) -> Traffic:
     """What the forward passes of blocks that run twice send once more, for one micro-batch.
 
     Args:
-        double, single: such blocks.
-        model: sizes.
-        tp, ulysses, ring: sizes of the groups.
+        blocks: how many of each kind; its embedders and final layer do not count.
+        model: sizes of the model.
+        sizes: of the groups.
         tokens, samples: of the pack (`tensor_parallel_traffic`).
         itemsize: bytes of an activation.
     """
-    h, layers = model.hidden_size, 2 * double + single
+    h, double, single = model.hidden_size, blocks.num_double, blocks.num_single
+    gathered = itemsize * (2 * double + single) * tokens * h
     rows = itemsize * (12 * double + 3 * single) * samples * h
-    over_tp = (
-        Traffic(all_gather=itemsize * layers * tokens * h + rows, reduce_scatter=itemsize * layers * tokens * h) if tp > 1 else Traffic()
-    )
-    elements = (double + single) * tokens * h // tp
-    exchanged = Traffic(all_to_all=itemsize * 4 * elements) if ulysses > 1 else Traffic()
-    passed_on = Traffic(send=itemsize * 2 * (ring - 1) * elements)
-    return over_tp + exchanged + passed_on
+    over_tp = Traffic(all_gather=gathered + rows, reduce_scatter=gathered) if sizes.tp > 1 else Traffic()
+    elements = (double + single) * tokens * h // sizes.tp
+    exchanged = Traffic(all_to_all=itemsize * 4 * elements) if sizes.ulysses > 1 else Traffic()
+    return over_tp + exchanged + Traffic(send=itemsize * 2 * (sizes.ring - 1) * elements)

@@ -106,7 +106,9 @@ def test_alike_ranks_do_the_same(apart: Executor) -> None:
         first, last = (run_of(apart, of, rank) for rank in (one.ranks[0], one.ranks[-1]))
         assert first.flops == last.flops
         assert [(m.kind, m.group, m.phase, m.bytes) for m in first.messages] == [(m.kind, m.group, m.phase, m.bytes) for m in last.messages]
-        assert first.timeline == last.timeline
+        for one_pass, other in zip(first.timeline, last.timeline, strict=True):
+            assert (one_pass.phase, one_pass.chunk, one_pass.microbatch) == (other.phase, other.chunk, other.microbatch)
+            assert one_pass.peak == pytest.approx(other.peak, abs=64)  # counters of samples, which only some ranks make
 
 
 def test_members_of_a_ring_are_told_apart_where_their_tokens_differ() -> None:

@@ -15,6 +15,7 @@ from megasora.config.schema import RunConfig
 from megasora.parallel.topology import Coordinates
 from megasora.perf.buckets import Bucket, bucket_size, lay_out
 from megasora.perf.collectives import (
+    GroupSizes,
     StageShape,
     Traffic,
     fully_sharded_traffic,
@@ -192,8 +193,15 @@ def _of_pass(chunk: _Chunk, pack: PackOnRank, config: RunConfig) -> dict[str, Tr
     tp, ulysses = parallel.tensor_model_parallel_size, ulysses_size(config)
     ring = parallel.context_parallel_size // ulysses
     sizes = {"model": model, "tp": tp, "tokens": pack.tokens, "itemsize": itemsize}
-    stage, (double, single) = chunk.stage, chunk.recomputed
-    again = recompute_traffic(double=double, single=single, ulysses=ulysses, ring=ring, samples=pack.samples, **sizes)  # type: ignore[arg-type]
+    stage, again_blocks = chunk.stage, StageShape(num_double=chunk.recomputed[0], num_single=chunk.recomputed[1])
+    again = recompute_traffic(
+        again_blocks,
+        model=model,
+        sizes=GroupSizes(tp=tp, ulysses=ulysses, ring=ring),
+        tokens=pack.tokens,
+        samples=pack.samples,
+        itemsize=itemsize,
+    )
     forward_again = {
         "tp": Traffic(all_gather=again.all_gather, reduce_scatter=again.reduce_scatter),
         "ulysses": Traffic(all_to_all=again.all_to_all),
