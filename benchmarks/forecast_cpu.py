@@ -15,7 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -120,13 +120,14 @@ def compare(model: str, folder: Path, *, repeats: int) -> list[Row]:
     """All layouts of a model."""
     folder.mkdir(parents=True, exist_ok=True)
     profiles = calibrate(model, folder)
-    rows = []
+    reference, rows = load_yaml(folder / "reference" / "config.yaml"), []
     for layout, point in study(model, folder, repeats=repeats).items():
         if point["status"] != "done":
             print(f"{model} {layout}: {point['status']} {point['reason']}", file=sys.stderr)
             continue
         ranks, metrics = int(str(point["gpus"])), point["metrics"]
         config = load_yaml(Path(str(point["folder"])) / "config.yaml")
+        config = replace(config, data=replace(config.data, manifest=reference.data.manifest))  # the same clips, which outlive the points
         forecast = predict(config, world_size=ranks, hardware=load_hardware(str(profiles[ranks])))
         rows.append(
             Row(

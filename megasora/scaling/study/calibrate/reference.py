@@ -15,6 +15,7 @@ from megasora.config.errors import UserError
 from megasora.config.files import json_lines
 from megasora.config.io import load_yaml
 from megasora.config.memory import memory_estimate
+from megasora.config.profile_steps import profiled_steps
 from megasora.config.schema import RunConfig
 from megasora.perf.hardware import Hardware
 from megasora.scaling.forecast.step import StepForecast, forecast_step, mean_forecast
@@ -63,7 +64,7 @@ def with_reference(hardware: Hardware, run_dir: Path) -> Hardware:
 
 def _process_bytes(config: RunConfig, run_dir: Path) -> float:
     """Resident memory beside the model and its activations, before the profiler took its own."""
-    first = traced_steps(config.profile.steps)[0]
+    first = profiled_steps(config.profile.steps)[0]
     peak = max(line["peak_memory_bytes"] for line in json_lines(run_dir / "metrics.jsonl") if line["step"] < first)
     estimate = memory_estimate(config, world_size=1)
     return max(0.0, float(peak) - (estimate.total - estimate.workspace))
