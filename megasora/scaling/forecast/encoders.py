@@ -22,7 +22,7 @@ T5_PARAMETERS = 4.76e9
 
 
 def encode_flops(clip: PlannedClip, encoders: EncodersConfig) -> float:
-    """FLOPs of a clip's latent and of its text; 0 for what makes a recipe's own tiny encoders."""
+    """FLOPs of a clip's latent and of its text; without a folder those of the published autoencoder of these compressions."""
     video = latent_flops(encoders, clip.num_frames, clip.height, clip.width)
     return video + 2 * T5_PARAMETERS * clip.text_tokens if video else 0.0
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def moved(operation: str, payload: int, seconds: float) -> Transfer:
-    return Transfer(operation=operation, payload_bytes=payload, sent_bytes=float(payload), seconds=seconds)
+    return Transfer(operation=operation, payload_bytes=payload, sent_bytes=float(payload), seconds=seconds, steps=1)
 
 
 def test_a_ring_sends_its_share() -> None:
