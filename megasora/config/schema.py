@@ -320,11 +320,11 @@ class RecoveryConfig:
     hang_factor: float = 10.0
     """A step is hung after this many medians of recent steps."""
     hang_floor_s: float = 25.0
-    """But never sooner (waiting for clips: data.decode_timeout_s later)."""
+    """But never sooner (waiting for clips: data.decode_timeout_s later). With steps of a second a hang is found within 30 s."""
     first_step_s: float = 900.0
-    """Longest first step."""
+    """Longest first step: it compiles kernels and connects groups."""
     start_s: float = 3600.0
-    """Longest time until the first step begins."""
+    """Longest time until the first step begins: encoders and weights are loaded."""
     save_s: float = 1800.0
     """Longest save."""
     evaluate_s: float = 3600.0

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from megasora.config.schema import RecoveryConfig
 from megasora.recovery.folder import RecoveryFolder, read_json
 from megasora.recovery.heartbeat import STEP_PHASES, Heartbeat, Phase, Seat, read_beat
 
@@ -36,20 +37,17 @@ PEERS_EVERY_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class HangLimits:
-    """How long a rank may stay where it is."""
+    """How long a rank may stay where it is, in seconds; the settings say what each is for."""
 
-    factor: float = 10.0
+    factor: float
     """Medians of recent steps without a step."""
-    floor_s: float = 25.0
-    """No step is called hung before; with a look a second and steps of a second, within 30 s of the cause."""
-    first_step_s: float = 900.0
-    """The first step compiles kernels and connects groups."""
-    start_s: float = 3600.0
-    """Until the first step: encoders and weights are loaded."""
-    data_s: float = 145.0
-    """Waiting for clips: a clip whose decoding never ends is given up after data.decode_timeout_s, and the run goes on without it."""
-    save_s: float = 1800.0
-    evaluate_s: float = 3600.0
+    floor_s: float
+    first_step_s: float
+    start_s: float
+    data_s: float
+    """Waiting for clips: one whose decoding never ends is given up before, and the run goes on without it."""
+    save_s: float
+    evaluate_s: float
     silence_s: float = 120.0
     """A process that wrote no heartbeat for so long is stopped or gone. Within a step the step's own limit notices sooner; a file that
     another host renames may be seen a minute late (NFS caches a folder's names up to acdirmax, 60 s by default)."""
@@ -57,6 +55,19 @@ class HangLimits:
     """The same while saving and evaluating, where pickling holds the GIL for seconds."""
     start_silence_s: float = 300.0
     """The same before the first step, where weights are read and the device is initialised."""
+
+    @classmethod
+    def of(cls, settings: RecoveryConfig, *, decode_timeout_s: float) -> HangLimits:
+        """The limits of a run, whose clips may take `decode_timeout_s`."""
+        return cls(
+            factor=settings.hang_factor,
+            floor_s=settings.hang_floor_s,
+            first_step_s=settings.first_step_s,
+            start_s=settings.start_s,
+            data_s=decode_timeout_s + settings.hang_floor_s,
+            save_s=settings.save_s,
+            evaluate_s=settings.evaluate_s,
+        )
 
     def allowed_s(self, phase: Phase, median_step_s: float | None) -> float:
         """Longest time in a phase; the median is None before the first step was finished."""

@@ -122,8 +122,7 @@ class Checkpoints:
             return None
         changed = self._changed_data(found.manifest["state"], found.folder)
         self._load(trainee, found.folder, found.manifest)
-        if "guard" in found.manifest["state"]:
-            guard.restore(found.manifest["state"]["guard"])
+        guard.restore(found.manifest["state"]["guard"])
         data = self._begin_elsewhere(trainee, guard, changed) if changed else {}
         init = self.config.init
         given = "weights" if init.weights else "run" if init.run else None

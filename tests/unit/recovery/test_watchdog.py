@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from megasora.config.schema import RecoveryConfig
 from megasora.recovery.folder import RecoveryFolder, write_json
 from megasora.recovery.heartbeat import Heartbeat, Seat
 from megasora.recovery.watchdog import Hang, HangLimits, PeerWatch, Watchdog, read_hang
 from tests.unit.recovery.test_heartbeat import Clock
 
-LIMITS = HangLimits()
+LIMITS = HangLimits.of(RecoveryConfig(), decode_timeout_s=120.0)
 
 
 def seat(rank: int) -> Seat:
@@ -124,7 +126,7 @@ def test_stacks_and_record_are_left_before_the_end(tmp_path: Path) -> None:
     folder = RecoveryFolder(tmp_path)
     heartbeat = Heartbeat(folder, Seat(rank=0, world_size=1, incarnation=1, host="a", pid=1))
     seen: list[object] = []
-    limits = HangLimits(floor_s=0.0, factor=0.0)
+    limits = replace(LIMITS, floor_s=0.0, factor=0.0)
     dog = Watchdog(heartbeat, limits=limits, on_hang=seen.append, poll_s=0.02, end=seen.append)
     heartbeat.beat(1, "optimizer")
     heartbeat.beat(2, "optimizer")
