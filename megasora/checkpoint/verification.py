@@ -99,9 +99,11 @@ def _examined(folder: Path) -> tuple[dict[str, Any], str | None]:
         if (folder / "metadata.json").is_file() and not (folder / manifests.NAME).exists():
             problem = f"it has no {manifests.NAME}: it lost it, or was written by something older than megasora's format"
         return {}, problem
-    manifest: dict[str, Any] = json.loads((folder / manifests.NAME).read_text())
-    problem = manifests.format_problem(manifest, folder)
-    return manifest, problem
+    try:
+        manifest: dict[str, Any] = json.loads((folder / manifests.NAME).read_text())
+    except (OSError, ValueError) as error:
+        return {}, f"{manifests.NAME} cannot be read ({error})"
+    return manifest, manifests.format_problem(manifest, folder)
 
 
 def _first_damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -322,7 +322,10 @@ class CheckpointWriter:
         if problem is None:
             event = {"event": "checkpoint", "path": f"step_{pending.step:08d}", "seconds": seconds, "stall_s": stall_s}
         else:
-            event = {"event": "checkpoint_failed", "step": pending.step, "reason": problem}
+            said = (
+                f"the checkpoint of step {pending.step} could not be written ({problem}); training goes on, what was saved before is whole"
+            )
+            event = {"event": "checkpoint_failed", "step": pending.step, "reason": problem, "said": said}
         if pending.waited_s:
             event["waited_s"] = round(pending.waited_s, 3)
         if pending.note:

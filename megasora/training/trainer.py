@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -194,7 +195,8 @@ class Trainer:
             entries.append(LeftOut(position=self._applied, step=step - 1, reason=f"before: {problem}"))
         self.guard.leave_out(entries)
         if self.context.rank == 0:
-            append_left_out(self._left_out_file, entries)
+            with suppress(OSError):  # the next checkpoint holds them too; before it, a run that goes back finds them again
+                append_left_out(self._left_out_file, entries)
         clips = [self.clips[sample].clip.id for sample in batch.plan.samples]
         event = {"event": "left_out", "step": step, "reason": problem, "samples": len(clips), "clips": clips[:5]}
         self.log.say(f"step {step} left out: {problem}; {len(clips)} samples, the first {', '.join(clips[:5])}")

@@ -34,9 +34,17 @@ LIMITS = replace(
 )
 
 
+def set_clock(hours: float) -> None:
+    """Set this process's wall clock."""
+    real = time.time
+    time.time = lambda: real() + hours * 3600
+
+
 def fail(fault: str, step: int) -> None:
     """What goes wrong on this rank in this step."""
     kind, rank, at = (*fault.split(":"), "", "")[:3]
+    if kind == "clock":  # forward, and two steps later back
+        at, hours = (at, 3) if step == int(at) else (str(int(at) + 2), -6)
     if not kind or rank not in ("all", str(dist.get_rank())) or int(at) != step:
         return
     if kind == "raise":
@@ -47,6 +55,8 @@ def fail(fault: str, step: int) -> None:
         ctypes.PyDLL(None).sleep(60)  # keeps the GIL
     if kind == "sleep":
         time.sleep(60)
+    if kind == "clock":
+        set_clock(hours)
     if kind == "crash":
         ctypes.string_at(0)
 

@@ -10,6 +10,7 @@ import pytest
 from megasora.recovery.evidence import read_evidence
 from megasora.recovery.folder import RecoveryFolder
 from megasora.recovery.postmortem import Cause, first_cause
+from megasora.recovery.report import examine
 from tests.recovery.worlds import await_beat, endings, started, total, until
 
 STEPS = 10
@@ -66,6 +67,20 @@ def test_a_rank_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
         beat = await_beat(tmp_path, 1, step=1)
         world[1].kill()
         until(lambda: True if _gone(beat.pid) else None, within_s=10)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_clock_that_is_set_ends_nothing_and_accuses_nobody(tmp_path: Path, rank: int) -> None:
+    """By 3 hours forward, then 6 back, on the rank that watches the other and counts the time, and on the other."""
+    began = time.monotonic()
+    with started(["tests.recovery.loop", str(tmp_path), str(STEPS), "0.7", f"clock:{rank}:3"]) as world:
+        ends = endings(world)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert total(tmp_path) == STATE
+    report = examine(tmp_path, saved_step=STEPS)
+    assert report.cause is not None and report.cause.kind == "finished"
+    assert STEPS * 0.7 < report.goodput.wall_s < time.monotonic() - began
+    assert report.goodput.restarts_s == 0
 
 
 def _gone(pid: int) -> bool:
