@@ -88,6 +88,7 @@ class CheckpointWriter:
         self._copy: HostCopy | None = None
         self._pending: _Pending | None = None
         self._thread: threading.Thread | None = None
+        self._thread_since = 0.0
         self._written: RankFile | None = None
         self._failure: str | None = None
         self._events: list[Event] = []
@@ -102,6 +103,11 @@ class CheckpointWriter:
     def pending(self) -> bool:
         """Whether a save is under way; the same on every rank."""
         return self._pending is not None
+
+    def writing_since(self) -> float | None:
+        """Monotonic time since which this rank's thread is at work, None while it is not; for any thread."""
+        thread, since = self._thread, self._thread_since
+        return since if thread is not None and thread.is_alive() else None
 
     def save(self, *, step: int, tensors: Mapping[str, ShardedTensor], state: Mapping[str, Any]) -> None:
         """Start a checkpoint; when it returns the tensors may change.
@@ -216,6 +222,7 @@ class CheckpointWriter:
 
     def _start(self, work: Callable[[_Pending], None]) -> None:
         assert self._pending is not None
+        self._thread_since = time.monotonic()
         self._thread = threading.Thread(target=self._run, args=(work, self._pending), name="checkpoint-writer", daemon=True)
         self._thread.start()
 

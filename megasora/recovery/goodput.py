@@ -2,8 +2,8 @@
 
 Rank 0 turns its beats into seconds per kind of work. A step that an earlier incarnation had made already is `redone`: what a death costs
 beyond the restart is the steps since the checkpoint, and they are counted where they are paid, in the incarnation that makes them again.
-One line an incarnation in recovery/goodput.jsonl, rewritten as the run goes. Seconds are monotonic; only the time between a death and the next
-start is a difference of wall clocks, so that a clock that was set is felt there and nowhere else.
+One line an incarnation in recovery/goodput.jsonl, rewritten as the run goes. Seconds are monotonic; only the time between a death and the
+next start is a difference of wall clocks, so that a clock that was set is felt there and nowhere else.
 """
 
 from __future__ import annotations

@@ -125,6 +125,8 @@ def _of_hang(evidence: Evidence, hang: Hang) -> Cause:
     stopped = f"its process did not run: stopped, or its GIL was held; rank {hang.rank} waited {hang.waited_s:.0f} s in {hang.phase}"
     if suspects:
         rank, what = suspects[0], stopped
+    elif hang.phase == "save":
+        rank, what = hang.rank, f"a checkpoint was being written for {hang.waited_s:.0f} s ({hang.allowed_s:.0f} s are allowed)"
     else:
         rank = min(evidence.beats, key=lambda r: (evidence.beats[r].step, evidence.beats[r].time))
         what = f"no step for {hang.waited_s:.0f} s ({hang.allowed_s:.0f} s are allowed), first seen by rank {hang.rank}; {_where(evidence)}"

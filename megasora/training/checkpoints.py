@@ -80,6 +80,10 @@ class Checkpoints:
         facts = {name: value for name, value in self._same_in_a_run().items() if name in DECIDES_SAMPLES}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
+    def writing_since(self) -> float | None:
+        """Monotonic time since which this rank writes a checkpoint, None while it does not; for any thread."""
+        return self._writer.writing_since()
+
     def save(self, trainee: Trainee, *, guard: Guard) -> None:
         """Start a checkpoint; `happened` tells what became of it. All ranks call it together.
 

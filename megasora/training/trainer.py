@@ -83,6 +83,7 @@ class Trainer:
         manifest = read_manifest(str(config.data.manifest))
         self.clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
         self.checkpoints = Checkpoints(run_dir / "checkpoints", lease=lease, config=config, context=context, data_sha256=manifest.sha256)
+        sentry.watch_saves(self.checkpoints.writing_since)
         start = find_start(config, root=self.checkpoints.root)
         self.cache = open_training_cache(config)
         self.encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))

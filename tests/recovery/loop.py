@@ -30,7 +30,10 @@ from megasora.recovery.sentry import Sentry
 from megasora.recovery.watchdog import HangLimits
 
 LIMITS = replace(
-    HangLimits.of(RecoveryConfig(hang_floor_s=4.0, first_step_s=6.0), decode_timeout_s=0.0), silence_s=4.0, save_silence_s=10.0
+    HangLimits.of(RecoveryConfig(hang_floor_s=4.0, first_step_s=6.0, save_s=6.0), decode_timeout_s=0.0),
+    silence_s=4.0,
+    save_silence_s=10.0,
+    last_resort_s=2.0,
 )
 
 
@@ -57,6 +60,8 @@ def fail(fault: str, step: int) -> None:
         time.sleep(60)
     if kind == "clock":
         set_clock(hours)
+    if kind == "storage":  # files cannot be written any more, and who tries waits
+        Path.write_text = lambda *arguments, **options: time.sleep(600)
     if kind == "crash":
         ctypes.string_at(0)
 
