@@ -307,6 +307,11 @@ class CheckpointConfig:
     """Checkpoints at multiples of this are never removed; 0 means none."""
     asynchronous: bool = True
     """Training waits for a copy into host memory only, threads write it; otherwise it waits until the checkpoint is on disk."""
+    local_dir: str | None = None
+    """Folder on each node's own disk for copies that are made more often than checkpoints: a run that comes back on the same nodes in the same
+    layout goes on from the newest one. Each rank writes all that it holds, the newest two stay. None makes none."""
+    local_interval_steps: int = 0
+    """Steps between copies in local_dir."""
     take_over: bool = False
     """Take the run folder from another run that is alive; that one stops at its next step."""
 

@@ -28,7 +28,7 @@ from megasora.parallel.groups import ParallelContext
 from megasora.recovery.sentry import Sentry
 from megasora.training.checkpoints import Checkpoints
 from megasora.training.evaluation import Evaluator
-from megasora.training.events import Evaluate, Event, Save, ShowSamples, due
+from megasora.training.events import Copy, Evaluate, Event, Save, ShowSamples, due
 from megasora.training.feed import Feeder, StepBatch
 from megasora.training.guard import Guard, LeftOut, append_left_out, read_left_out
 from megasora.training.metrics import MetricsLog
@@ -97,6 +97,8 @@ class Trainer:
         resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
         self.events = [resumed] if resumed else self._initialize(start)
         """What the next step's record says happened."""
+        if self.checkpoints.without_copies is not None:
+            self.events.append({"event": "local_off", "reason": self.checkpoints.without_copies})
         if manifest.unread:
             self.events.append({"event": "columns", "unread": list(manifest.unread)})
         self.events += [{"event": "unfit", "row": row.row, "reason": row.reason} for row in (*manifest.skipped, *unfit)]
@@ -243,7 +245,9 @@ class Trainer:
             events.append(
                 ShowSamples(self.trainee, config=config, context=self.context, encoders=self.encoders, feeder=feeder, log=self.log)
             )
-        return [*events, Save(self.checkpoints, guard=self.guard, interval_steps=config.checkpoint.interval_steps)]
+        save = Save(self.checkpoints, guard=self.guard, interval_steps=config.checkpoint.interval_steps)
+        copy = Copy(self.checkpoints, guard=self.guard, interval_steps=config.checkpoint.local_interval_steps, but_at=save)
+        return [*events, save, copy]
 
     def _initialize(self, start: Start | None) -> list[dict[str, Any]]:
         """Weights of a fresh run; the events."""
