@@ -1,4 +1,4 @@
-"""Copies on the nodes' own disks: newer than the checkpoint, they are what a run goes on from, to the bit, or all ranks leave them together."""
+"""Copies on the nodes' own disks: the newest that every rank has whole is what a run goes on from, to the bit, or all leave it together."""
 
 from __future__ import annotations
 
