@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutant_list.mutant import (
+    COPIES,
     DAMAGED,
     DIFFUSERS,
     FENCING,
@@ -379,5 +380,26 @@ MUTANTS = (
         "if not shards or info.num_bytes > room:",
         "if not shards or room <= 0:",
         convert_test("shards_are_filled_in_order_and_never_too_full"),
+    ),
+    Mutant(
+        "a damaged copy is taken",
+        "megasora/checkpoint/local_copies.py",
+        "for name in (own_file(), LENGTHS):",
+        "for name in (LENGTHS,):",
+        COPIES,
+    ),
+    Mutant(
+        "parts of two copies make one",
+        "megasora/checkpoint/local_copies.py",
+        "if number is None or number != numbers[0]]",
+        "if number is None]",
+        COPIES,
+    ),
+    Mutant(
+        "copies of a run that was removed are taken",
+        "megasora/checkpoint/local_copies.py",
+        "    drawn = uuid.uuid4().hex\n",
+        '    drawn = "run"\n',
+        COPIES,
     ),
 )

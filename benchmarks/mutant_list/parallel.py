@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutant_list.mutant import (
+    MEETING,
     PACK,
     Mutant,
     parity_test,
@@ -79,5 +80,12 @@ MUTANTS = (
         "if rest == 0 or rest >= pp_size:",
         "if rest == 0:",
         ("tests/unit/parallel/test_pipeline.py",),
+    ),
+    Mutant(
+        "a rank answers a call to its predecessor",
+        "megasora/parallel/meeting.py",
+        'if call["heard"].get(str(rank)) == words:',
+        'if str(rank) in call["heard"]:',
+        MEETING,
     ),
 )

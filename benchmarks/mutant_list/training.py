@@ -14,6 +14,7 @@ from mutant_list.mutant import (
     QUARANTINE,
     RATES,
     STEPS,
+    WATCHDOG,
     Mutant,
 )
 
@@ -322,5 +323,26 @@ MUTANTS = (
         "self._waiting.extend(task for task in tasks if task.result is None)",
         "self._waiting.extend(tasks)",
         QUARANTINE,
+    ),
+    Mutant(
+        "a record that found no room is dropped",
+        "megasora/training/metrics.py",
+        "        self._pending += text.encode()\n",
+        "        self._pending = text.encode()\n",
+        LOG,
+    ),
+    Mutant(
+        "a save beside the steps may take for ever",
+        "megasora/recovery/watchdog.py",
+        "if (since := heartbeat.saving_since()) is not None:",
+        "if (since := heartbeat.saving_since()) is None:",
+        WATCHDOG,
+    ),
+    Mutant(
+        "the last resort ends a process that was only stopped",
+        "megasora/recovery/last_resort.py",
+        "            self._resumed_at = now\n",
+        "            pass\n",
+        WATCHDOG,
     ),
 )

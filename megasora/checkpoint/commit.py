@@ -6,7 +6,6 @@ folder of the incarnation (checkpoint/lease.py says why that is enough).
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,36 +14,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megasora import __version__
 from megasora.checkpoint import manifests
 from megasora.checkpoint.lease import ASIDE, Lease
-from megasora.checkpoint.megatron_io import BACKEND, METADATA
 from megasora.checkpoint.rank_file import RankFile
 from megasora.checkpoint.store import TRACKER, complete_checkpoints, step_folder
 from megasora.config.files import sync_to_disk
 
 
-def write_manifest(
-    folder: Path, *, step: int, incarnation: int, contents: bytes, files: Sequence[RankFile | None], state: Mapping[str, Any]
-) -> None:
-    """Complete a folder that holds every rank's file: what dist_checkpointing.load needs, then the manifest, all of it on disk."""
-    common = io.BytesIO()
-    torch.save({}, common)
+def write_manifest(folder: Path, *, about: Mapping[str, Any], extras: Mapping[str, bytes], files: Sequence[RankFile | None]) -> None:
+    """Complete a folder that holds every rank's file: small files beside them, then the manifest, all of it on disk.
+
+    Args:
+        folder: a step's.
+        about: format, step, incarnation and state.
+        extras: names and contents of the small files.
+        files: of the ranks.
+    """
     facts = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files if file is not None}
-    for name, data in ((METADATA, contents), ("metadata.json", json.dumps(BACKEND).encode()), ("common.pt", common.getvalue())):
+    for name, data in extras.items():
         write_synced(folder / name, data)
         facts[name] = manifests.facts_of(data)
-    manifest = {
-        "format": manifests.TRAINING,
-        "version": manifests.VERSION,
-        "megasora": __version__,
-        "incarnation": incarnation,
-        "step": step,
-        "state": dict(state),
-        "files": dict(sorted(facts.items())),
-    }
+    manifest = {"version": manifests.VERSION, "megasora": __version__, **about, "files": dict(sorted(facts.items()))}
     write_synced(folder / manifests.NAME, json.dumps(manifests.sealed(manifest), indent=1).encode())
     sync_to_disk(folder)
 

@@ -13,6 +13,8 @@ from megasora.config.errors import UserError
 NAME = "manifest.json"
 TRAINING = "megasora-training-checkpoint"
 """Everything a resume needs; written by `megasora train`."""
+LOCAL = "megasora-local-copy"
+"""What one node's ranks of a training checkpoint hold, on the node's own disk; a copy beside the others, no checkpoint by itself."""
 WEIGHTS = "megasora-weights"
 """The model's weights only; written by `megasora convert --to megasora`."""
 

@@ -7,6 +7,8 @@ caller's thread, and the copy gets its place. A copy is then one pass over the t
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
+from megasora.checkpoint.megatron_io import BACKEND, METADATA
 from megasora.checkpoint.rank_file import RankFile
 
 _ALIGNMENT_BYTES = 64
@@ -76,6 +79,13 @@ def make_plan(tensors: Mapping[str, ShardedTensor]) -> Plan:
         contents=contents,
         indices=tuple(tuple(item.index for item in plan.items) for plan in plans or ()),
     )
+
+
+def megatron_files(plan: Plan, files: Sequence[RankFile | None]) -> dict[str, bytes]:
+    """What dist_checkpointing.load needs beside the ranks' files; rank 0."""
+    common = io.BytesIO()
+    torch.save({}, common)
+    return {METADATA: table_of_contents(plan, files), "metadata.json": json.dumps(BACKEND).encode(), "common.pt": common.getvalue()}
 
 
 def table_of_contents(plan: Plan, files: Sequence[RankFile | None]) -> bytes:

@@ -54,15 +54,15 @@ def newest_good(root: Path, *, lease: Lease | None) -> Verified:
     Raises:
         UserError: a checkpoint is of another format, or there are some and all are damaged.
     """
-    candidates = _told_by_rank_0(lambda: [str(path) for path in sorted(root.glob("step_*"), reverse=True)] if root.is_dir() else [])
+    candidates = told_by_rank_0(lambda: [str(path) for path in sorted(root.glob("step_*"), reverse=True)] if root.is_dir() else [])
     refused: list[Refused] = []
     for candidate in candidates:
         folder = Path(candidate)
-        manifest, reason = _told_by_rank_0(lambda folder=folder: _examined(folder))
+        manifest, reason = told_by_rank_0(lambda folder=folder: _examined(folder))
         if reason is None:
             reason = _first_damage(folder, manifest["files"])
         if reason is None:
-            _told_by_rank_0(lambda: _put_aside(refused, root, lease))
+            told_by_rank_0(lambda: _put_aside(refused, root, lease))
             return Verified(folder=folder, manifest=manifest, refused=tuple(refused))
         refused.append(Refused(name=folder.name, reason=reason))
     if refused:
@@ -73,7 +73,7 @@ def newest_good(root: Path, *, lease: Lease | None) -> Verified:
     return Verified(folder=None, manifest={}, refused=())
 
 
-def _told_by_rank_0(decide: Any) -> Any:
+def told_by_rank_0(decide: Any) -> Any:
     """What `decide` returns on rank 0, or its UserError, on every rank."""
     told: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -99,9 +99,11 @@ def _examined(folder: Path) -> tuple[dict[str, Any], str | None]:
         if (folder / "metadata.json").is_file() and not (folder / manifests.NAME).exists():
             problem = f"it has no {manifests.NAME}: it lost it, or was written by something older than megasora's format"
         return {}, problem
-    manifest: dict[str, Any] = json.loads((folder / manifests.NAME).read_text())
-    problem = manifests.format_problem(manifest, folder)
-    return manifest, problem
+    try:
+        manifest: dict[str, Any] = json.loads((folder / manifests.NAME).read_text())
+    except (OSError, ValueError) as error:
+        return {}, f"{manifests.NAME} cannot be read ({error})"
+    return manifest, manifests.format_problem(manifest, folder)
 
 
 def _first_damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -112,13 +114,14 @@ def _first_damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str |
         least = sizes.index(min(sizes))
         shares[least].append(name)
         sizes[least] += int(files[name]["bytes"])
-    own = next((found for name in shares[dist.get_rank()] if (found := _damage(folder / name, files[name]))), None)
+    own = next((found for name in shares[dist.get_rank()] if (found := damage_of(folder / name, files[name]))), None)
     everybody: list[str | None] = [None] * len(shares)
     dist.all_gather_object(everybody, own)
     return next((found for found in everybody if found is not None), None)
 
 
-def _damage(path: Path, facts: Mapping[str, Any]) -> str | None:
+def damage_of(path: Path, facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with the content of a file of a checkpoint, by its manifest's facts; None where nothing is."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,20 +16,20 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megasora.checkpoint import commit
+from megasora.checkpoint import commit, manifests
 from megasora.checkpoint.lease import Lease, LeaseLostError
 from megasora.checkpoint.rank_file import RankFile, write_rank_file
-from megasora.checkpoint.staging import HostCopy, Plan, make_plan, signature_of, table_of_contents
+from megasora.checkpoint.staging import HostCopy, Plan, make_plan, megatron_files, signature_of
 from megasora.config.errors import UserError
 
 Event = dict[str, Any]
@@ -69,25 +69,66 @@ class _Pending:
     note: str | None = None
 
 
+class Form(Protocol):
+    """What the folders of checkpoints are made of."""
+
+    name: str
+    """In the manifest."""
+
+    def plan(self, tensors: Mapping[str, ShardedTensor]) -> Plan:
+        """What this rank writes; all ranks of the writer together."""
+
+    def extras(self, plan: Plan, files: Sequence[RankFile | None]) -> dict[str, bytes]:
+        """Small files beside those of the ranks, which are in their order; on the rank that holds the lease."""
+
+
+class SharedForm:
+    """Each tensor once, as Megatron reads it in any layout."""
+
+    name = manifests.TRAINING
+
+    def plan(self, tensors: Mapping[str, ShardedTensor]) -> Plan:
+        """See `Form.plan`."""
+        return make_plan(tensors)
+
+    def extras(self, plan: Plan, files: Sequence[RankFile | None]) -> dict[str, bytes]:
+        """See `Form.extras`."""
+        return megatron_files(plan, files)
+
+
 class CheckpointWriter:
-    """Writes a run's checkpoints; every method is called by all ranks together.
+    """Writes checkpoints into one folder; every method is called by all ranks of its group together.
 
     Args:
-        root: the run's checkpoints folder, seen by all ranks.
-        lease: rank 0's right to write there; None on the others.
+        root: the checkpoints folder, seen by all its ranks.
+        lease: the right to write there, of the group's first rank; None on the others.
         asynchronous: whether `save` returns after the copy, or after the commit.
         retention: which older checkpoints stay after a commit.
+        form: of the checkpoints.
+        group: the ranks that write there together, over gloo; None: all.
     """
 
-    def __init__(self, root: Path, *, lease: Lease | None, asynchronous: bool = True, retention: Retention | None = None) -> None:
-        assert (lease is not None) == (dist.get_rank() == 0), "rank 0 holds the lease"
+    def __init__(
+        self,
+        root: Path,
+        *,
+        lease: Lease | None,
+        asynchronous: bool = True,
+        retention: Retention | None = None,
+        form: Form | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.root, self.asynchronous = root, asynchronous
-        self._lease, self._retention = lease, retention or Retention()
-        self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._lease, self._retention, self._form = lease, retention or Retention(), form or SharedForm()
+        whole = dist.group.WORLD if dist.get_backend() == "gloo" else None
+        self._group = group or whole or dist.new_group(backend="gloo")
+        self._first = dist.get_global_rank(self._group, 0)
+        assert (lease is not None) == (dist.get_rank() == self._first), "the first rank holds the lease"
         self._plan: Plan | None = None
         self._copy: HostCopy | None = None
         self._pending: _Pending | None = None
         self._thread: threading.Thread | None = None
+        self._thread_since = 0.0
         self._written: RankFile | None = None
         self._failure: str | None = None
         self._events: list[Event] = []
@@ -102,6 +143,11 @@ class CheckpointWriter:
     def pending(self) -> bool:
         """Whether a save is under way; the same on every rank."""
         return self._pending is not None
+
+    def writing_since(self) -> float | None:
+        """Monotonic time since which this rank's thread is at work, None while it is not; for any thread."""
+        thread, since = self._thread, self._thread_since
+        return since if thread is not None and thread.is_alive() else None
 
     def save(self, *, step: int, tensors: Mapping[str, ShardedTensor], state: Mapping[str, Any]) -> None:
         """Start a checkpoint; when it returns the tensors may change.
@@ -188,7 +234,7 @@ class CheckpointWriter:
         if changed.item():
             if self._copy is not None:
                 self._copy.close()
-            self._plan = make_plan(tensors)
+            self._plan = self._form.plan(tensors)
             self._copy = HostCopy([tensors[name].data for name in self._plan.names])
         assert self._plan is not None
         return [tensors[name].data for name in self._plan.names]
@@ -207,7 +253,7 @@ class CheckpointWriter:
                 answer = [("lost", str(error))]
             except OSError as error:
                 answer = [("failed", _said(error, folder))]
-        dist.broadcast_object_list(answer, src=0, group=self._group)
+        dist.broadcast_object_list(answer, src=self._first, group=self._group)
         ((kind, text),) = answer
         if kind == "lost":
             raise LeaseLostError(text)
@@ -216,6 +262,7 @@ class CheckpointWriter:
 
     def _start(self, work: Callable[[_Pending], None]) -> None:
         assert self._pending is not None
+        self._thread_since = time.monotonic()
         self._thread = threading.Thread(target=self._run, args=(work, self._pending), name="checkpoint-writer", daemon=True)
         self._thread.start()
 
@@ -262,19 +309,20 @@ class CheckpointWriter:
 
     def _raise_lost(self) -> None:
         said = [self._lease.loss() if self._lease is not None else ""]
-        dist.broadcast_object_list(said, src=0, group=self._group)
+        dist.broadcast_object_list(said, src=self._first, group=self._group)
         self.abandon()
         raise LeaseLostError(said[0])
 
     def _collect(self, pending: _Pending) -> None:
         """All ranks' threads have ended: rank 0 commits what they wrote, or removes it."""
-        gathered: list[Any] | None = [None] * dist.get_world_size() if self._lease is not None else None
-        dist.gather_object((self._failure, self._written), gathered, dst=0, group=self._group)
+        gathered: list[Any] | None = [None] * dist.get_world_size(self._group) if self._lease is not None else None
+        dist.gather_object((self._failure, self._written), gathered, dst=self._first, group=self._group)
         pending.phase = "commit"
         self._failure = None
         if gathered is None:
             return
-        problems = [f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(gathered) if failure is not None]
+        ranks = dist.get_process_group_ranks(self._group)
+        problems = [f"rank {rank}: {failure}" for rank, (failure, _) in zip(ranks, gathered, strict=True) if failure is not None]
         causes = [problem for problem in problems if "CancelledError" not in problem]
         if problems:
             pending.problem = (causes or problems)[0]
@@ -289,14 +337,8 @@ class CheckpointWriter:
     def _commit(self, pending: _Pending, files: list[RankFile | None]) -> None:
         assert self._plan is not None and self._lease is not None
         try:
-            commit.write_manifest(
-                pending.folder,
-                step=pending.step,
-                incarnation=self._lease.incarnation,
-                contents=table_of_contents(self._plan, files),
-                files=files,
-                state=pending.state,
-            )
+            about = {"format": self._form.name, "incarnation": self._lease.incarnation, "step": pending.step, "state": pending.state}
+            commit.write_manifest(pending.folder, about=about, extras=self._form.extras(self._plan, files), files=files)
             commit.publish(self._lease, pending.folder, step=pending.step)
         except Exception:
             self._remove(pending)
@@ -309,7 +351,7 @@ class CheckpointWriter:
     def _conclude(self, pending: _Pending) -> None:
         """Rank 0's thread has ended: tell everybody how."""
         outcome: list[Any] = [(pending.problem or self._failure, pending.note)]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        dist.broadcast_object_list(outcome, src=self._first, group=self._group)
         problem, pending.note = outcome[0]
         self._finish(problem)
 
@@ -322,7 +364,10 @@ class CheckpointWriter:
         if problem is None:
             event = {"event": "checkpoint", "path": f"step_{pending.step:08d}", "seconds": seconds, "stall_s": stall_s}
         else:
-            event = {"event": "checkpoint_failed", "step": pending.step, "reason": problem}
+            said = (
+                f"the checkpoint of step {pending.step} could not be written ({problem}); training goes on, what was saved before is whole"
+            )
+            event = {"event": "checkpoint_failed", "step": pending.step, "reason": problem, "said": said}
         if pending.waited_s:
             event["waited_s"] = round(pending.waited_s, 3)
         if pending.note:

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from megasora.cli.agent import end_restarts
 from megasora.cli.endings import end_world, leave, note_mistake, rank
 from megasora.cli.parsing import parse
 from megasora.config.errors import UserError
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         note_mistake(str(error))
         if rank() == 0:
             print(f"megasora: error: {error}", file=sys.stderr, flush=True)
+        end_restarts()
         leave(2)
     except KeyboardInterrupt:
         leave(130)

@@ -319,6 +319,11 @@ class CheckpointConfig:
     """Checkpoints at multiples of this are never removed; 0 means none."""
     asynchronous: bool = True
     """Training waits for a copy into host memory only, threads write it; otherwise it waits until the checkpoint is on disk."""
+    local_dir: str | None = None
+    """Folder on each node's own disk for copies that are made more often than checkpoints: a run that comes back on the same nodes in the
+    same layout goes on from the newest one. Each rank writes all that it holds, the newest two stay. None makes none."""
+    local_interval_steps: int = 0
+    """Steps between copies in local_dir."""
     take_over: bool = False
     """Take the run folder from another run that is alive; that one stops at its next step."""
 
@@ -332,11 +337,11 @@ class RecoveryConfig:
     hang_factor: float = 10.0
     """A step is hung after this many medians of recent steps."""
     hang_floor_s: float = 25.0
-    """But never sooner (waiting for clips: data.decode_timeout_s later)."""
+    """But never sooner (waiting for clips: data.decode_timeout_s later). With steps of a second a hang is found within 30 s."""
     first_step_s: float = 900.0
-    """Longest first step."""
+    """Longest first step: it compiles kernels and connects groups."""
     start_s: float = 3600.0
-    """Longest time until the first step begins."""
+    """Longest time until the first step begins: encoders and weights are loaded."""
     save_s: float = 1800.0
     """Longest save."""
     evaluate_s: float = 3600.0

@@ -336,6 +336,12 @@ def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:
         ("optimizer.clip_grad", optimizer.clip_grad, optimizer.clip_grad >= 0, "0 or positive"),
         ("train.steps", config.train.steps, config.train.steps > 0, "positive"),
         ("checkpoint.interval_steps", config.checkpoint.interval_steps, config.checkpoint.interval_steps >= 0, "0 or positive"),
+        (
+            "checkpoint.local_interval_steps",
+            config.checkpoint.local_interval_steps,
+            (config.checkpoint.local_interval_steps > 0) == (config.checkpoint.local_dir is not None),
+            "positive with checkpoint.local_dir, and 0 without",
+        ),
         ("data.quarantine_after", config.data.quarantine_after, config.data.quarantine_after >= 0, "0 or positive"),
         ("guard.window", config.guard.window, config.guard.window >= 4, "at least 4"),
         ("guard.loss_deviations", config.guard.loss_deviations, config.guard.loss_deviations >= 0, "0 or positive"),

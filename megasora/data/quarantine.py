@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,5 +65,5 @@ class Quarantine:
         with self._lock:
             count = self._known[clip].count if clip in self._known else 0
             self._known[clip] = Failures(count=count + 1, last_reason=reason)
-            with self._failures_file.open("a") as file:
+            with suppress(OSError), self._failures_file.open("a") as file:  # on a full disk a restart counts fewer
                 file.write(json.dumps({"clip": clip, "reason": reason}) + "\n")

@@ -8,18 +8,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megasora.config.context_split import ulysses_factor
 from megasora.config.errors import UserError
 from megasora.config.schema import ParallelConfig
 from megasora.parallel.cpu import enable_cpu_backend
+from megasora.parallel.meeting import store_of_this_start
 from megasora.parallel.topology import Coordinates, Topology, topology_of
 
 
@@ -96,20 +96,8 @@ def start_world(device: torch.device, *, timeout_minutes: float) -> None:
         return
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
         raise UserError(f"{world_size} ranks need MASTER_ADDR and MASTER_PORT: start with torchrun, or export both in the sbatch file")
-    dist.init_process_group(backend, store=_restarted_store(timeout), rank=rank, world_size=world_size, timeout=timeout)
-
-
-def _restarted_store(timeout: timedelta) -> Any:
-    """Where ranks of one node meet that torchrun has started again; None: torch's own way.
-
-    With a fixed port the agent's store keeps the addresses of the ranks that died, and torch 2.13 reads them again
-    (torch/distributed/rendezvous.py). Agents of several nodes count restarts each by itself: there --rdzv-backend c10d makes a new store.
-    """
-    env = os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
-        return None
-    store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timeout)
-    return PrefixStore(f"start_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = store_of_this_start(rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def initialize(

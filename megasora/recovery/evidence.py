@@ -18,6 +18,8 @@ Ending = Literal["finished", "stopped", "interrupted", "mistake", "exception", "
 """The run's last step was made; asked to stop by a signal; Ctrl-C; a user's mistake; an error; ended by the watchdog."""
 MAX_SAMPLES = 64
 KEPT_INCARNATIONS = 20
+FATAL = "Fatal Python error"
+"""How faulthandler begins after a fatal signal."""
 
 _COMMUNICATION_TYPES = {
     "DistBackendError",
@@ -197,7 +199,7 @@ def _fatal_line(folder: RecoveryFolder, incarnation: int, rank: int) -> str | No
         text = folder.stacks(incarnation, rank).read_text()
     except OSError:
         return None
-    return next((line for line in text.splitlines() if line.startswith("Fatal Python error")), None)
+    return next((line for line in text.splitlines() if line.startswith(FATAL)), None)
 
 
 def _has_stacks(folder: RecoveryFolder, incarnation: int, rank: int) -> bool:

@@ -2,7 +2,8 @@
 
 Rank 0 turns its beats into seconds per kind of work. A step that an earlier incarnation had made already is `redone`: what a death costs
 beyond the restart is the steps since the checkpoint, and they are counted where they are paid, in the incarnation that makes them again.
-One line an incarnation in recovery/goodput.jsonl, rewritten as the run goes.
+One line an incarnation in recovery/goodput.jsonl, rewritten as the run goes. Seconds are monotonic; only the time between a death and the
+next start is a difference of wall clocks, so that a clock that was set is felt there and nowhere else.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Incarnation:
     began: float
     """Unix time."""
     updated: float
-    """Unix time of the last beat that was written down: the death, to within seconds."""
+    """Unix time up to which `seconds` count: the death, to within seconds."""
     closed: bool
     """It ended in order (the last step, or as asked): what follows is no restart."""
     first_step: int | None
@@ -93,7 +94,8 @@ class GoodputMeter:
         self._earlier = [record for record in read_incarnations(folder) if record.incarnation < incarnation]
         at_death = [beat.step - 1 for beat in read_beats(folder).values() if beat.incarnation < incarnation]  # later than the record
         self._made_before = max([0, *(record.last_step for record in self._earlier), *at_death])
-        self._incarnation, self._began = incarnation, wall()
+        self._incarnation = incarnation
+        self._began = self._updated = wall()
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._since = self._due = clock()
         self._step, self._phase = 0, "start"
@@ -135,7 +137,7 @@ class GoodputMeter:
         return Incarnation(
             incarnation=self._incarnation,
             began=self._began,
-            updated=self._wall(),
+            updated=self._updated,
             closed=self._closed,
             first_step=self._first_step,
             last_step=self._last_step,
@@ -148,7 +150,7 @@ class GoodputMeter:
 
     def _account(self, now: float) -> None:
         self._seconds[kind_of(self._phase, redone=self._step <= max(self._made_before, self._last_step))] += now - self._since
-        self._since = now
+        self._since, self._updated = now, self._wall()
 
 
 def kind_of(phase: str, *, redone: bool) -> Kind:
@@ -169,7 +171,7 @@ def total(records: Sequence[Incarnation]) -> Goodput:
     gaps = sum(max(0.0, next_one.began - dead.updated) for dead, next_one in deaths)
     restarts = sum(next_one.seconds.get("start", 0.0) for _, next_one in deaths)
     return Goodput(
-        wall_s=gaps + sum(record.updated - record.began for record in records),
+        wall_s=gaps + sum(sum(record.seconds.values()) for record in records),
         productive_s=sums["productive"],
         redone_s=sums["redone"],
         restarts_s=gaps + restarts,

@@ -75,6 +75,8 @@ class Heartbeat:
         self.step = 0
         self.phase: Phase = "start"
         self.beat_at = clock()
+        self.saving_since: Callable[[], float | None] = lambda: None
+        """Since when, by `clock`, this rank writes a checkpoint beside its steps; None while it does not. Any thread may ask."""
         self._every_s = every_s
         self._time = time.time()
         self._due = self.beat_at

@@ -46,7 +46,8 @@ def first_cause(evidence: Evidence, *, now: float, quiet_s: float = 60.0) -> Cau
     Args:
         evidence: what it left.
         now: unix time.
-        quiet_s: a rank without a record whose heartbeat is younger still runs.
+        quiet_s: a rank without a record whose heartbeat is younger still runs; one from further ahead in time is of a clock that was set
+            back since, by a process that writes no more.
     """
     exits = evidence.exits
     own = sorted((r for r in exits.values() if r.ending in ("mistake", "exception") and not r.communicates), key=lambda r: r.time)
@@ -55,7 +56,7 @@ def first_cause(evidence: Evidence, *, now: float, quiet_s: float = 60.0) -> Cau
     silent = evidence.silent
     failed = [record for record in exits.values() if record.ending in ("exception", "hang")]
     ended = any(rank in evidence.ended for rank in silent)
-    if silent and not ended and not failed and now - max(evidence.beats[rank].alive for rank in silent) < quiet_s:
+    if silent and not ended and not failed and min(abs(now - evidence.beats[rank].alive) for rank in silent) < quiet_s:
         beat = evidence.beats[silent[0]]
         return _of_beat(beat, "running", f"all {len(evidence.beats)} ranks gave a sign of life in the last {quiet_s:.0f} s", evidence)
     if evidence.hang is not None and not any(rank in evidence.ended for rank in silent):
@@ -124,6 +125,8 @@ def _of_hang(evidence: Evidence, hang: Hang) -> Cause:
     stopped = f"its process did not run: stopped, or its GIL was held; rank {hang.rank} waited {hang.waited_s:.0f} s in {hang.phase}"
     if suspects:
         rank, what = suspects[0], stopped
+    elif hang.phase == "save":
+        rank, what = hang.rank, f"a checkpoint was being written for {hang.waited_s:.0f} s ({hang.allowed_s:.0f} s are allowed)"
     else:
         rank = min(evidence.beats, key=lambda r: (evidence.beats[r].step, evidence.beats[r].time))
         what = f"no step for {hang.waited_s:.0f} s ({hang.allowed_s:.0f} s are allowed), first seen by rank {hang.rank}; {_where(evidence)}"

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megasora.recovery.evidence import incarnations, read_evidence
+from megasora.recovery.evidence import FATAL, incarnations, read_evidence
 from megasora.recovery.folder import RecoveryFolder
 from megasora.recovery.goodput import Goodput, read_incarnations, total
 from megasora.recovery.heartbeat import Beat, read_beats
@@ -61,11 +61,7 @@ def examine(run_dir: Path, *, saved_step: int | None, now: float | None = None) 
     made = max((record.last_step for record in records if cause is not None and record.incarnation <= cause.incarnation), default=0)
     if cause is not None:
         made = max(made, cause.step - (cause.kind not in ("finished", "stopped")))
-    same = [
-        c.incarnation
-        for c in causes[:-1]
-        if cause is not None and cause.kind == "exception" and (c.step, c.what) == (cause.step, cause.what)
-    ]
+    same = [c.incarnation for c in causes[:-1] if cause is not None and _repeats(cause) and (c.step, c.what) == (cause.step, cause.what)]
     return Report(
         cause=cause,
         running=running,
@@ -75,6 +71,11 @@ def examine(run_dir: Path, *, saved_step: int | None, now: float | None = None) 
         same_place=same,
         goodput=total(records),
     )
+
+
+def _repeats(cause: Cause) -> bool:
+    """Whether a second end of the kind in the same step is no chance: not of a kill from outside."""
+    return cause.kind == "exception" or (cause.kind == "killed" and FATAL in cause.what)
 
 
 def _with_kernel(cause: Cause) -> Cause:

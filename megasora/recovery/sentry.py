@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +58,14 @@ class Sentry:
         self.heartbeat.beat(step, phase)
         if self._goodput is not None:
             self._goodput.beat(step, phase)
+
+    def watch_saves(self, since: Callable[[], float | None]) -> None:
+        """Saves go on beside the steps.
+
+        Args:
+            since: monotonic time since which this rank writes, None while it does not; asked from another thread.
+        """
+        self.heartbeat.saving_since = since
 
     def batch(self, samples: Sequence[str]) -> None:
         """Clips of the step that comes."""

@@ -54,8 +54,8 @@ class Supervisor:
         self._budget = RestartBudget(supervision.policy)
         self._child: subprocess.Popen[bytes] | None = None
         self._asked: int | None = None
-        self._started = 0.0
-        """Unix time of the rank's start."""
+        self._known = 0
+        """Newest incarnation when the rank was started."""
 
     def run(self) -> int:
         """Supervise to the end; the exit code.
@@ -81,7 +81,7 @@ class Supervisor:
         """Start the rank and wait for its end, or end it when another rank died."""
         kills = memory_kills()
         env = {**os.environ, "MASTER_ADDR": self._place.master_addr, "MASTER_PORT": str(self._place.rank_port(generation))}
-        self._started = time.time()
+        self._known = max(incarnations(self._supervision.folder), default=0)
         self._child = child = subprocess.Popen(self._supervision.command, env=env, process_group=0, preexec_fn=_die_with(os.getpid()))
         if self._asked is not None:
             child.send_signal(self._asked)
@@ -133,8 +133,10 @@ class Supervisor:
         """The first cause, as far as the ranks of this generation left records."""
         folder, now = self._supervision.folder, time.time()
         numbers = incarnations(folder)
-        cause = first_cause(read_evidence(folder, numbers[-1]), now=now, quiet_s=0) if numbers else None
-        return f"rank {cause.rank} on {cause.host}: {cause.what}" if cause is not None and cause.time > self._started else None
+        if not numbers or numbers[-1] == self._known:
+            return None
+        cause = first_cause(read_evidence(folder, numbers[-1]), now=now, quiet_s=0)
+        return f"rank {cause.rank} on {cause.host}: {cause.what}"
 
     def _back_off(self, decision: Decision) -> Decision:
         """Wait as decided, unless a supervisor is asked to stop meanwhile."""

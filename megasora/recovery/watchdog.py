@@ -1,7 +1,7 @@
 """Finds out that a run hangs, leaves every rank's Python stacks on disk, and ends the process so that the launcher starts it again.
 
 Three ways lead to the verdict, each a daemon thread's look every second:
-- this rank made no step for longer than `HangLimits` allow;
+- this rank made no step for longer than `HangLimits` allow, or a checkpoint that it writes beside its steps takes longer;
 - a rank's process writes no heartbeat any more (stopped, gone, or its GIL is held): ranks 0 and 1 look after all others, whatever the
 phase;
 - another rank's watchdog has said so, in the file that all look for.
@@ -22,8 +22,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from megasora.config.schema import RecoveryConfig
 from megasora.recovery.folder import RecoveryFolder, read_json
 from megasora.recovery.heartbeat import STEP_PHASES, Heartbeat, Phase, Seat, read_beat
+from megasora.recovery.last_resort import LastResort
 
 HANG_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
@@ -36,20 +38,17 @@ PEERS_EVERY_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class HangLimits:
-    """How long a rank may stay where it is."""
+    """How long a rank may stay where it is, in seconds; the settings say what each is for."""
 
-    factor: float = 10.0
+    factor: float
     """Medians of recent steps without a step."""
-    floor_s: float = 25.0
-    """No step is called hung before; with a look a second and steps of a second, within 30 s of the cause."""
-    first_step_s: float = 900.0
-    """The first step compiles kernels and connects groups."""
-    start_s: float = 3600.0
-    """Until the first step: encoders and weights are loaded."""
-    data_s: float = 145.0
-    """Waiting for clips: a clip whose decoding never ends is given up after data.decode_timeout_s, and the run goes on without it."""
-    save_s: float = 1800.0
-    evaluate_s: float = 3600.0
+    floor_s: float
+    first_step_s: float
+    start_s: float
+    data_s: float
+    """Waiting for clips: one whose decoding never ends is given up before, and the run goes on without it."""
+    save_s: float
+    evaluate_s: float
     silence_s: float = 120.0
     """A process that wrote no heartbeat for so long is stopped or gone. Within a step the step's own limit notices sooner; a file that
     another host renames may be seen a minute late (NFS caches a folder's names up to acdirmax, 60 s by default)."""
@@ -57,6 +56,21 @@ class HangLimits:
     """The same while saving and evaluating, where pickling holds the GIL for seconds."""
     start_silence_s: float = 300.0
     """The same before the first step, where weights are read and the device is initialised."""
+    last_resort_s: float = 30.0
+    """Beyond any limit, after which a process ends though it could leave nothing, because a file system blocks."""
+
+    @classmethod
+    def of(cls, settings: RecoveryConfig, *, decode_timeout_s: float) -> HangLimits:
+        """The limits of a run, whose clips may take `decode_timeout_s`."""
+        return cls(
+            factor=settings.hang_factor,
+            floor_s=settings.hang_floor_s,
+            first_step_s=settings.first_step_s,
+            start_s=settings.start_s,
+            data_s=decode_timeout_s + settings.hang_floor_s,
+            save_s=settings.save_s,
+            evaluate_s=settings.evaluate_s,
+        )
 
     def allowed_s(self, phase: Phase, median_step_s: float | None) -> float:
         """Longest time in a phase; the median is None before the first step was finished."""
@@ -88,6 +102,20 @@ class Hang:
     time: float
     silent_ranks: list[int]
     """Ranks whose process wrote no heartbeat any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wait:
+    """How long something has taken."""
+
+    phase: Phase
+    waited_s: float
+    allowed_s: float
+
+    @property
+    def over_s(self) -> float:
+        """Beyond what is allowed; negative before."""
+        return self.waited_s - self.allowed_s
 
 
 def read_hang(folder: RecoveryFolder, incarnation: int) -> Hang | None:
@@ -153,6 +181,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="megasora-watchdog", daemon=True)
         self._stacks: io.TextIOWrapper | None = None
         self._looked_at = self._resumed_at = self._peers_at = self._clock()
+        self._last_resort = LastResort(
+            lambda since: max(wait.over_s for wait in self._waits(since)), grace_s=limits.last_resort_s, code=HANG_EXIT_CODE, end=end
+        )
 
     def start(self) -> None:
         """Begin to look; fatal signals leave their stacks in the same file from here on."""
@@ -160,10 +191,12 @@ class Watchdog:
         self._had_handler = faulthandler.is_enabled()
         faulthandler.enable(self._stacks)
         self._thread.start()
+        self._last_resort.start()
 
     def stop(self) -> None:
         """Look no more; an empty file of stacks goes."""
         self._stopped.set()
+        self._last_resort.stop()
         if self._stacks is None:
             return
         if threading.current_thread() is not self._thread:
@@ -190,11 +223,18 @@ class Watchdog:
         self._heartbeat.renew()
         if (hang := read_hang(self._folder, self._seat.incarnation)) is not None:
             return hang
-        heartbeat = self._heartbeat
-        waited = now - max(heartbeat.beat_at, self._resumed_at)
-        allowed = self._limits.allowed_s(heartbeat.phase, heartbeat.median_step_s)
+        longest = max(self._waits(self._resumed_at), key=lambda wait: wait.over_s)
         silent = self._silent_peers(now)
-        return self._accuse(waited, allowed, silent) if waited > allowed or silent else None
+        return self._accuse(longest, silent) if longest.over_s > 0 or silent else None
+
+    def _waits(self, resumed_at: float) -> list[_Wait]:
+        """What this rank is at: its step, and a save beside it."""
+        heartbeat, now = self._heartbeat, self._clock()
+        allowed_s = self._limits.allowed_s(heartbeat.phase, heartbeat.median_step_s)
+        waits = [_Wait(phase=heartbeat.phase, waited_s=now - max(heartbeat.beat_at, resumed_at), allowed_s=allowed_s)]
+        if (since := heartbeat.saving_since()) is not None:
+            waits.append(_Wait(phase="save", waited_s=now - max(since, resumed_at), allowed_s=self._limits.save_s))
+        return waits
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._poll_s):
@@ -213,7 +253,7 @@ class Watchdog:
         self._peers_at = now
         return self._peers.silent(now)
 
-    def _accuse(self, waited_s: float, allowed_s: float, silent: list[int]) -> Hang:
+    def _accuse(self, wait: _Wait, silent: list[int]) -> Hang:
         """Write the verdict down, unless another rank was first."""
         beat = self._heartbeat.now()
         hang = Hang(
@@ -221,9 +261,9 @@ class Watchdog:
             host=beat.host,
             incarnation=beat.incarnation,
             step=beat.step,
-            phase=beat.phase,
-            waited_s=round(waited_s, 1),
-            allowed_s=round(allowed_s, 1),
+            phase=wait.phase,
+            waited_s=round(wait.waited_s, 1),
+            allowed_s=round(wait.allowed_s, 1),
             time=time.time(),
             silent_ranks=silent,
         )

@@ -69,8 +69,6 @@ TORCHRUN = r"""
 # ranks' business: torchrun would end them after 30 s, so it must not notice, nor may a rank that still imports.
 MAX_ELASTIC_RESTARTS=${MAX_ELASTIC_RESTARTS:-3}
 export ranks_per_node MAX_ELASTIC_RESTARTS
-# A store of its own for each start of the ranks: torchrun's own would still hold the addresses of those that are gone (torch 2.13).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
     bash -c 'trap "" USR1 TERM; exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks_per_node" \

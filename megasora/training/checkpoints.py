@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasora.checkpoint import store
+from megasora.checkpoint import local_copies, store
 from megasora.checkpoint.lease import Lease
-from megasora.checkpoint.verification import newest_good
+from megasora.checkpoint.local_copies import LocalCopies
+from megasora.checkpoint.newest import Found, newest_anywhere
 from megasora.checkpoint.writer import CheckpointWriter, Event, Retention
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
@@ -73,12 +74,25 @@ class Checkpoints:
         settings = config.checkpoint
         retention = Retention(keep=settings.keep, keep_every_steps=settings.keep_every_steps)
         self._writer = CheckpointWriter(root, lease=lease, asynchronous=settings.asynchronous, retention=retention)
+        self._copies: LocalCopies | None = None
+        if settings.local_dir is not None:
+            self._copies = LocalCopies(settings.local_dir, root=root, lease=lease, asynchronous=settings.asynchronous)
+
+    @property
+    def without_copies(self) -> str | None:
+        """Why this start makes no copies on its nodes though the run asks for them; None where all is well."""
+        return None if self._copies is None else self._copies.problem
 
     @property
     def data_key(self) -> str:
         """Eight digits for the data, the budget and the seed: positions of the sampler mean something under this key only."""
         facts = {name: value for name, value in self._same_in_a_run().items() if name in DECIDES_SAMPLES}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+
+    def writing_since(self) -> float | None:
+        """Monotonic time since which this rank writes a checkpoint, None while it does not; for any thread."""
+        since = [self._writer.writing_since(), self._copies.writing_since() if self._copies is not None else None]
+        return min((one for one in since if one is not None), default=None)
 
     def save(self, trainee: Trainee, *, guard: Guard) -> None:
         """Start a checkpoint; `happened` tells what became of it. All ranks call it together.
@@ -88,6 +102,15 @@ class Checkpoints:
         """
         self._writer.save(step=trainee.step, tensors=self._tensors(trainee), state=self._state(trainee, guard))
 
+    def copy(self, trainee: Trainee, *, guard: Guard) -> None:
+        """Start a copy on the nodes' own disks. All ranks call it together.
+
+        Raises:
+            UserError: another run has taken over.
+        """
+        if self._copies is not None:
+            self._copies.save(step=trainee.step, tensors=self._tensors(trainee), state=self._state(trainee, guard))
+
     def happened(self, *, last: bool) -> list[Event]:
         """What was saved or failed since the last call; all ranks call it after every step. `last`: wait for what is under way.
 
@@ -95,8 +118,13 @@ class Checkpoints:
             UserError: another run has taken over.
         """
         if last:
-            self._writer.wait()
-        return self._writer.poll()
+            self._wait()
+        return [*self._writer.poll(), *(self._copies.poll() if self._copies is not None else ())]
+
+    def _wait(self) -> None:
+        self._writer.wait()
+        if self._copies is not None:
+            self._copies.wait()
 
     def close(self) -> None:
         """The end of a run; all ranks call it together.
@@ -109,27 +137,33 @@ class Checkpoints:
     def abandon(self) -> None:
         """The end of a run however it came; a save that is under way is given up."""
         self._writer.abandon()
+        if self._copies is not None:
+            self._copies.release()
 
     def resume(self, trainee: Trainee, *, guard: Guard) -> Event | None:
-        """Load the newest undamaged checkpoint, if any; all ranks agree on which. Returns the event. A save under way is waited for.
+        """Load the newest undamaged state, if any; all ranks agree on which. Returns the event. A save under way is waited for.
 
         Raises:
             UserError: it is of another run, or all are damaged.
         """
-        self._writer.wait()
-        found = newest_good(self.root, lease=self._lease)
+        self._wait()
+        found = newest_anywhere(self.root, lease=self._lease, copies=self._copies, parallel=to_dict(self.config.parallel))
         if found.folder is None:
             return None
         changed = self._changed_data(found.manifest["state"], found.folder)
-        self._load(trainee, found.folder, found.manifest)
-        if "guard" in found.manifest["state"]:
-            guard.restore(found.manifest["state"]["guard"])
+        self._load(trainee, found)
+        guard.restore(found.manifest["state"]["guard"])
+        if self._copies is not None:
+            self._copies.forget_after(trainee.step)
         data = self._begin_elsewhere(trainee, guard, changed) if changed else {}
         init = self.config.init
         given = "weights" if init.weights else "run" if init.run else None
         ignored = f"; --init.{given} is ignored" if given else ""
+        note = f"resumed{' from the copies on the nodes' if found.copy is not None else ''}{ignored}"
+        event = {"event": "restart", "from": found.folder.name, "step": trainee.step, "note": note, **data}
+        if found.passed_over is not None:
+            event["local"] = found.passed_over
         refused = [{"path": one.name, "reason": one.reason} for one in found.refused]
-        event = {"event": "restart", "from": found.folder.name, "step": trainee.step, "note": f"resumed{ignored}", **data}
         return {**event, "refused": refused} if refused else event
 
     def _begin_elsewhere(self, trainee: Trainee, guard: Guard, changed: list[str]) -> dict[str, Any]:
@@ -140,9 +174,14 @@ class Checkpoints:
         guard.left_out.clear()  # positions in data that are no more
         return {"data": f"epoch {trainee.sampler.epoch} begins, for {' and '.join(changed)}"}
 
-    def _load(self, trainee: Trainee, folder: Path, facts: dict[str, Any]) -> None:
+    def _load(self, trainee: Trainee, found: Found) -> None:
+        facts = found.manifest
         ensure_adam_state(trainee.optimizer, step=facts["step"])
-        store.load(folder, self._tensors(trainee))
+        if found.copy is not None:
+            local_copies.load(found.copy, self._tensors(trainee))
+        else:
+            assert found.folder is not None, "there is something to load"
+            store.load(found.folder, self._tensors(trainee))
         if trainee.megatron_config.params_dtype == torch.float32:
             refresh_masters(trainee.optimizer)
         ensure_adam_state(trainee.optimizer, step=facts["step"])

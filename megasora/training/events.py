@@ -161,6 +161,30 @@ class Save:
         self.checkpoints.save(trainee, guard=self.guard)
 
 
+class Copy:
+    """A copy on the nodes' own disks, between two checkpoints.
+
+    Args:
+        checkpoints: of the run.
+        guard: of the run; what it knows is copied too.
+        interval_steps: 0 makes none.
+        but_at: where it is not made, because a checkpoint is.
+    """
+
+    place: Place = "save"
+
+    def __init__(self, checkpoints: Checkpoints, *, guard: Guard, interval_steps: int, but_at: Save) -> None:
+        self.checkpoints, self.guard, self.interval_steps, self.but_at = checkpoints, guard, interval_steps, but_at
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """At multiples of the interval without a checkpoint."""
+        return step > 0 and self.interval_steps > 0 and step % self.interval_steps == 0 and not self.but_at.due(step, last=last)
+
+    def happen(self, trainee: Trainee) -> None:
+        """Start it."""
+        self.checkpoints.copy(trainee, guard=self.guard)
+
+
 def due(events: Sequence[Event], step: int, *, last: bool) -> list[Event]:
     """Those that happen after a step, in their order."""
     return [event for event in events if event.due(step, last=last)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -99,13 +100,15 @@ class MetricsLog:
         """Write behind what was recorded until this step."""
         path = self._run_dir / "metrics.jsonl"
         trim(path, last_step=step)
-        self._file = path.open("a")
+        self._records = RecordFile(path)
         self._writer = _summary_writer(self._run_dir / "tensorboard", purge_step=step + 1) if self._tensorboard else None
 
     def _close(self) -> None:
-        self._file.close()
+        if lost := self._records.close():
+            self.say(f"metrics.jsonl lacks {lost} bytes of its last records: {self._records.problem}")
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
 
     def rewind(self, step: int) -> None:
         """Forget the records after a step that the run went back to."""
@@ -119,20 +122,31 @@ class MetricsLog:
         if not self.active:
             return
         values = {name: _finite(getattr(metrics, name)) for name in metrics.__dataclass_fields__}
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                if name not in ("step", "events") and value is not None:
-                    self._writer.add_scalar(f"train/{name}", value, metrics.step)
-            for name, value in (scalar for event in metrics.events for scalar in _scalars(event)):
-                self._writer.add_scalar(name, value, metrics.step)
+        well = self._records.problem is None
+        self._records.write(json.dumps(values) + "\n")
+        if well and self._records.problem is not None:
+            self.say(f"metrics.jsonl cannot be written ({self._records.problem}): records are kept in memory until it can")
+        self._show_scalars(values, metrics)
         self._progress.update(self._task, completed=metrics.step, loss=f"loss {metrics.loss:.4f}")
         if metrics.step % self.interval_steps == 0:
             self.say(metrics.line())
         for event in metrics.events:
             if "said" in event:
                 self.say(event["said"])
+
+    def _show_scalars(self, values: Mapping[str, Any], metrics: StepMetrics) -> None:
+        """In TensorBoard, which is given up when its file cannot be written: its writer does not recover."""
+        if self._writer is None:
+            return
+        try:
+            for name, value in values.items():
+                if name not in ("step", "events") and value is not None:
+                    self._writer.add_scalar(f"train/{name}", value, metrics.step)
+            for name, value in (scalar for event in metrics.events for scalar in _scalars(event)):
+                self._writer.add_scalar(name, value, metrics.step)
+        except OSError as error:
+            self._writer = None
+            self.say(f"TensorBoard's file cannot be written ({error.strerror or error}): it is left out until the run starts again")
 
     def add_images(self, name: str, images: Tensor, *, step: int) -> None:
         """Show images uint8 [N, 3, H, W] in TensorBoard on rank 0."""
@@ -143,6 +157,39 @@ class MetricsLog:
         """A line for the log on rank 0."""
         if self.active:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class RecordFile:
+    """A file that is written behind its end; what cannot be written is kept and tried again, so that a full disk costs no record.
+
+    Args:
+        path: made when it is not there.
+
+    Attributes:
+        problem: why the last write failed; None when it did not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+        self.problem: str | None = None
+
+    def write(self, text: str) -> None:
+        """Write what is kept, then this."""
+        self._pending += text.encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+            self.problem = None
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+
+    def close(self) -> int:
+        """Try a last time; bytes that are lost."""
+        self.write("")
+        with suppress(OSError):
+            self._file.close()
+        return len(self._pending)
 
 
 def film_strip(video: Tensor, *, frames: int = 6) -> Tensor:

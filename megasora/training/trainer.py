@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from megasora.parallel.groups import ParallelContext
 from megasora.recovery.sentry import Sentry
 from megasora.training.checkpoints import Checkpoints
 from megasora.training.evaluation import Evaluator
-from megasora.training.events import Evaluate, Event, Save, ShowSamples, due
+from megasora.training.events import Copy, Evaluate, Event, Save, ShowSamples, due
 from megasora.training.feed import Feeder, StepBatch
 from megasora.training.guard import Guard, LeftOut, append_left_out, read_left_out
 from megasora.training.metrics import MetricsLog
@@ -83,6 +84,7 @@ class Trainer:
         manifest = read_manifest(str(config.data.manifest))
         self.clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
         self.checkpoints = Checkpoints(run_dir / "checkpoints", lease=lease, config=config, context=context, data_sha256=manifest.sha256)
+        sentry.watch_saves(self.checkpoints.writing_since)
         start = find_start(config, root=self.checkpoints.root)
         self.cache = open_training_cache(config)
         self.encoders = load_encoders(config.encoders, model=config.model, device=context.device, parts=encoders_needed(config))
@@ -96,6 +98,8 @@ class Trainer:
         resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
         self.events = [resumed] if resumed else self._initialize(start)
         """What the next step's record says happened."""
+        if self.checkpoints.without_copies is not None:
+            self.events.append({"event": "local_off", "reason": self.checkpoints.without_copies})
         if manifest.unread:
             self.events.append({"event": "columns", "unread": list(manifest.unread)})
         self.events += [{"event": "unfit", "row": row.row, "reason": row.reason} for row in (*manifest.skipped, *unfit)]
@@ -196,7 +200,8 @@ class Trainer:
             entries.append(LeftOut(position=self._applied, step=step - 1, reason=f"before: {problem}"))
         self.guard.leave_out(entries)
         if self.context.rank == 0:
-            append_left_out(self._left_out_file, entries)
+            with suppress(OSError):  # the next checkpoint holds them too; before it, a run that goes back finds them again
+                append_left_out(self._left_out_file, entries)
         clips = [self.clips[sample].clip.id for sample in batch.plan.samples]
         event = {"event": "left_out", "step": step, "reason": problem, "samples": len(clips), "clips": clips[:5]}
         self.log.say(f"step {step} left out: {problem}; {len(clips)} samples, the first {', '.join(clips[:5])}")
@@ -243,7 +248,9 @@ class Trainer:
                 ShowSamples(self.trainee, config=config, context=self.context, encoders=self.encoders, feeder=feeder, log=self.log)
             )
         saving = config.checkpoint
-        return [*events, Save(self.checkpoints, guard=self.guard, interval_steps=saving.interval_steps, last=saving.save_last)]
+        save = Save(self.checkpoints, guard=self.guard, interval_steps=saving.interval_steps, last=saving.save_last)
+        copy = Copy(self.checkpoints, guard=self.guard, interval_steps=saving.local_interval_steps, but_at=save)
+        return [*events, save, copy]
 
     def _initialize(self, start: Start | None) -> list[dict[str, Any]]:
         """Weights of a fresh run; the events."""

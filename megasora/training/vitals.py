@@ -34,22 +34,13 @@ def open_sentry(config: RunConfig, *, context: ParallelContext, run_dir: Path) -
     """This rank's sentry; rank 0 numbers the start. All ranks call it together, once the run's folder is there."""
     number: list[Any] = [next_incarnation(RecoveryFolder.of_run(run_dir)) if context.rank == 0 else None]
     dist.broadcast_object_list(number, src=0)
-    settings = config.recovery
-    limits = HangLimits(
-        factor=settings.hang_factor,
-        floor_s=settings.hang_floor_s,
-        first_step_s=settings.first_step_s,
-        start_s=settings.start_s,
-        data_s=config.data.decode_timeout_s + settings.hang_floor_s,
-        save_s=settings.save_s,
-        evaluate_s=settings.evaluate_s,
-    )
+    limits = HangLimits.of(config.recovery, decode_timeout_s=config.data.decode_timeout_s)
     return Sentry(
         run_dir,
         rank=context.rank,
         world_size=context.world_size,
         incarnation=number[0],
-        limits=limits if settings.watchdog else None,
+        limits=limits if config.recovery.watchdog else None,
     )
 
 

@@ -9,20 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.kills import STEPS, disturbed_runs, run_config
-from tests.parallel.runs import train_on_rank
-from tests.parallel.test_training import assert_same_curve, assert_same_weights, layout
+from tests.faults.kills import STEPS, disturbed_runs
+from tests.parallel.test_training import assert_same_curve, assert_same_weights
 from tests.pool import RankPool
 
 KILLS = 10
-
-
-@pytest.fixture(scope="module")
-def straight(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run on one rank, never disturbed."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    pool.run(1, train_on_rank, run_config(run_dir, layout()))
-    return run_dir
 
 
 @pytest.mark.slow

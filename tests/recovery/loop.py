@@ -1,34 +1,54 @@
 """Training without a model: gloo ranks that add up a number a step, saved every second step and watched as training is.
 
-`python -m tests.recovery.loop RUN_DIR STEPS STEP_S [FAULTS]`; FAULTS are `kind:rank:step`, one an incarnation, with commas between.
+`python -m tests.recovery.loop RUN_DIR STEPS STEP_S [FAULTS]`; FAULTS are `kind:rank:step`, one an incarnation, with commas between;
+the rank may be `all`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megasora.cli.agent import end_restarts
 from megasora.cli.endings import leave
 from megasora.config.errors import UserError
+from megasora.config.schema import RecoveryConfig
+from megasora.parallel.meeting import store_of_this_start
 from megasora.recovery.evidence import next_incarnation
 from megasora.recovery.folder import RecoveryFolder, write_json
 from megasora.recovery.sentry import Sentry
 from megasora.recovery.watchdog import HangLimits
 
-LIMITS = HangLimits(floor_s=4.0, data_s=4.0, first_step_s=6.0, silence_s=4.0, save_silence_s=10.0)
+LIMITS = replace(
+    HangLimits.of(RecoveryConfig(hang_floor_s=4.0, first_step_s=6.0, save_s=6.0), decode_timeout_s=0.0),
+    silence_s=4.0,
+    save_silence_s=10.0,
+    last_resort_s=2.0,
+)
+
+
+def set_clock(hours: float) -> None:
+    """Set this process's wall clock."""
+    real = time.time
+    time.time = lambda: real() + hours * 3600
 
 
 def fail(fault: str, step: int) -> None:
     """What goes wrong on this rank in this step."""
     kind, rank, at = (*fault.split(":"), "", "")[:3]
-    if not kind or (int(rank), int(at)) != (dist.get_rank(), step):
+    if kind == "clock":  # forward, and two steps later back
+        at, hours = (at, 3) if step == int(at) else (str(int(at) + 2), -6)
+    if not kind or rank not in ("all", str(dist.get_rank())) or int(at) != step:
         return
     if kind == "raise":
         raise ValueError("a clip of this rank is broken")
@@ -38,6 +58,10 @@ def fail(fault: str, step: int) -> None:
         ctypes.PyDLL(None).sleep(60)  # keeps the GIL
     if kind == "sleep":
         time.sleep(60)
+    if kind == "clock":
+        set_clock(hours)
+    if kind == "storage":  # files cannot be written any more, and who tries waits
+        Path.write_text = lambda *arguments, **options: time.sleep(600)
     if kind == "crash":
         ctypes.string_at(0)
 
@@ -63,7 +87,9 @@ def train(sentry: Sentry, run_dir: Path, *, steps: int, step_s: float, fault: st
 
 def main(words: list[str]) -> None:
     run_dir, steps, step_s, faults = Path(words[0]), int(words[1]), float(words[2]), (*words[3:], "")[0].split(",")
-    dist.init_process_group("gloo")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = store_of_this_start(rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     number: list[Any] = [next_incarnation(RecoveryFolder.of_run(run_dir)) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(number)
     try:
@@ -71,6 +97,7 @@ def main(words: list[str]) -> None:
             train(sentry, run_dir, steps=steps, step_s=step_s, fault="".join(faults[number[0] - 1 : number[0]]))
             dist.barrier()
     except UserError:
+        end_restarts()
         leave(2)
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megasora.recovery.evidence import read_evidence
+from megasora.recovery.evidence import incarnations, read_evidence
 from megasora.recovery.folder import RecoveryFolder
 from megasora.recovery.postmortem import Cause, first_cause
+from megasora.recovery.report import examine
+from megasora.recovery.watchdog import HANG_EXIT_CODE
 from tests.recovery.worlds import await_beat, endings, started, total, until
 
 STEPS = 10
@@ -25,14 +27,21 @@ def cause(run_dir: Path, incarnation: int) -> Cause:
     return first_cause(read_evidence(RecoveryFolder.of_run(run_dir), incarnation), now=time.time())
 
 
-def test_each_death_is_explained_and_the_run_finishes(tmp_path: Path) -> None:
-    """Two restarts are allowed without a step in between; three deaths, each further on, take none of them."""
-    folder = RecoveryFolder.of_run(tmp_path)
-    with started(supervised(tmp_path, faults="raise:1:4,hold:1:6,sleep:0:8")) as world:
-        ends = endings(world)
-    assert [code for code, _ in ends] == [0, 0], ends
-    assert total(tmp_path) == STATE
-    raised, held, slept = (cause(tmp_path, number) for number in (1, 2, 3))
+@pytest.fixture(scope="module")
+def life(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """A run that dies of something else each time, with two restarts allowed without a step in between: each death is further on."""
+    run_dir = tmp_path_factory.mktemp("life")
+    with started(supervised(run_dir, faults="raise:1:4,hold:1:6,sleep:0:8,mistake:1:9")) as world:
+        return run_dir, endings(world)
+
+
+Life = tuple[Path, list[tuple[int, str]]]
+
+
+def test_each_death_is_explained(life: Life) -> None:
+    run_dir, ends = life
+    folder = RecoveryFolder.of_run(run_dir)
+    raised, held, slept = (cause(run_dir, number) for number in (1, 2, 3))
     assert (raised.kind, raised.rank, raised.step, raised.samples, raised.secondary) == ("exception", 1, 4, ["clip4"], 1)
     assert raised.what == "ValueError: a clip of this rank is broken"
     assert all(f"; start {number} in " in ends[0][1] for number in (2, 3, 4)), (
@@ -45,12 +54,15 @@ def test_each_death_is_explained_and_the_run_finishes(tmp_path: Path) -> None:
     assert "in fail" in folder.stacks(3, 0).read_text()
 
 
-def test_a_mistake_is_not_restarted(tmp_path: Path) -> None:
-    with started(supervised(tmp_path, faults="mistake:1:4")) as world:
-        ends = endings(world)
+def test_each_restart_goes_on_with_what_was_saved(life: Life) -> None:
+    assert total(life[0]) == {"step": 8, "total": float(2 * sum(range(1, 9)) + 8)}
+
+
+def test_a_mistake_is_not_restarted(life: Life) -> None:
+    run_dir, ends = life
     assert [code for code, _ in ends] == [2, 2], ends
-    assert not RecoveryFolder.of_run(tmp_path).exit(2, 0).exists()
-    assert cause(tmp_path, 1).kind == "mistake"
+    assert cause(run_dir, 4).kind == "mistake"
+    assert incarnations(RecoveryFolder.of_run(run_dir)) == [1, 2, 3, 4]
 
 
 def test_a_rank_that_dies_before_its_first_step_uses_the_budget_up(tmp_path: Path) -> None:
@@ -66,6 +78,28 @@ def test_a_rank_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
         beat = await_beat(tmp_path, 1, step=1)
         world[1].kill()
         until(lambda: True if _gone(beat.pid) else None, within_s=10)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_clock_that_is_set_ends_nothing_and_accuses_nobody(tmp_path: Path, rank: int) -> None:
+    """By 3 hours forward, then 6 back, on the rank that watches the other and counts the time, and on the other."""
+    began = time.monotonic()
+    with started(["tests.recovery.loop", str(tmp_path), str(STEPS), "0.7", f"clock:{rank}:3"]) as world:
+        ends = endings(world)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert total(tmp_path) == STATE
+    report = examine(tmp_path, saved_step=STEPS)
+    assert report.cause is not None and report.cause.kind == "finished"
+    assert STEPS * 0.7 < report.goodput.wall_s < time.monotonic() - began
+    assert report.goodput.restarts_s == 0
+
+
+def test_a_file_system_that_blocks_cannot_keep_the_ranks(tmp_path: Path) -> None:
+    """Not even their watchdogs can write; they end all the same, and say where they were."""
+    with started(["tests.recovery.loop", str(tmp_path), str(STEPS), "0.1", "storage:all:4"]) as world:
+        ends = endings(world, within_s=120)
+    assert [code for code, _ in ends] == [HANG_EXIT_CODE] * 2, ends
+    assert all("its folder cannot be written" in errors and "Thread 0x" in errors for _, errors in ends)
 
 
 def _gone(pid: int) -> bool:

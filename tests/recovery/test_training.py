@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
+from megasora.checkpoint import store
 from megasora.config.io import save_yaml
 from megasora.config.schema import ParallelConfig, RecoveryConfig, RunConfig
 from megasora.recovery.folder import RecoveryFolder
+from megasora.recovery.report import examine
+from megasora.recovery.watchdog import HANG_EXIT_CODE
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
 from tests.pool import RankPool
-from tests.recovery.worlds import ROOT, await_beat, endings, free_port, send, started, until
+from tests.recovery.worlds import ROOT, await_beat, by_torchrun, endings, free_port, send, started, until
 
 STEPS = 24
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -40,14 +43,22 @@ def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return run_dir / "assets", losses(run_dir)
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path, alone: tuple[Path, list[float]]) -> Path:
+Alone = tuple[Path, list[float]]
+
+
+def new_run(folder: Path, alone: Alone) -> Path:
     """Folder of a run that has its assets."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "assets").symlink_to(alone[0])
-    save_yaml(run_of(folder), tmp_path / "given.yaml")
-    return folder
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    (run_dir / "assets").symlink_to(alone[0])
+    save_yaml(run_of(run_dir), folder / "given.yaml")
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, alone: Alone) -> Path:
+    """The same, for one test."""
+    return new_run(tmp_path, alone)
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -59,10 +70,9 @@ def words(run_dir: Path) -> list[str]:
 
 
 def doctor(run_dir: Path) -> dict[str, Any]:
-    answer = subprocess.run(
-        [sys.executable, "-m", "megasora", "doctor", "--run", str(run_dir), "--json"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    data: dict[str, Any] = json.loads(answer.stdout)
+    """What `megasora doctor --run` says, without a process that has to import torch."""
+    saved = max(entry.step for entry in store.complete_checkpoints(run_dir / "checkpoints"))
+    data: dict[str, Any] = json.loads(json.dumps(examine(run_dir, saved_step=saved).data()))
     return data
 
 
@@ -70,7 +80,7 @@ def found(path: Path) -> Callable[[], Path | None]:
     return lambda: path if path.exists() else None
 
 
-def test_a_killed_and_a_stopped_rank_cost_no_more_than_time(run_dir: Path, alone: tuple[Path, list[float]]) -> None:
+def test_a_killed_and_a_stopped_rank_cost_no_more_than_time(run_dir: Path, alone: Alone) -> None:
     folder = RecoveryFolder.of_run(run_dir)
     with started(["megasora", "supervise", "--backoff_s", "1", "--", *words(run_dir)]) as world:
         send(await_beat(run_dir, 1, step=6), signal.SIGKILL)
@@ -84,7 +94,10 @@ def test_a_killed_and_a_stopped_rank_cost_no_more_than_time(run_dir: Path, alone
     stacks = folder.stacks(2, 0).read_text()  # it waited for rank 1 in a message of a step, whichever
     assert "training/trainer.py" in stacks
     assert "distributed/distributed_c10d.py" in stacks or "autograd" in stacks
-    report = doctor(run_dir)
+    answer = subprocess.run(
+        [sys.executable, "-m", "megasora", "doctor", "--run", str(run_dir), "--json"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    report = json.loads(answer.stdout)
     assert report["cause"]["kind"] == "finished"
     assert [(cause["kind"], cause["rank"]) for cause in report["earlier"]] == [("killed", 1), ("hang", 1)]
     assert report["earlier"][0]["what"] == "ended by SIGKILL"
@@ -93,41 +106,65 @@ def test_a_killed_and_a_stopped_rank_cost_no_more_than_time(run_dir: Path, alone
     assert report["goodput"]["restarts_s"] > waited
 
 
-def test_torchrun_brings_a_killed_rank_back(run_dir: Path, alone: tuple[Path, list[float]]) -> None:
-    launcher = ["--nproc-per-node", "2", "--max-restarts", "2", "--master-port", str(free_port()), "-m", "megasora", *words(run_dir)]
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *launcher],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+@pytest.fixture(scope="module")
+def torchrun_life(alone: Alone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run under torchrun that lost a rank, came back, and was told to end as `scancel --signal=USR1` does: every process is told."""
+    run_dir = new_run(tmp_path_factory.mktemp("torchrun"), alone)
+    options = ["--nproc-per-node", "2", "--master-port", str(free_port())]
+    with by_torchrun(["megasora", *words(run_dir)], options=options) as agents:
         send(await_beat(run_dir, 1, step=6), signal.SIGKILL)
-        ((code, errors),) = endings([process], within_s=400)
-    finally:
-        process.terminate()
-        process.wait()
+        await_beat(run_dir, 1, step=8, incarnation=2)
+        for pid in (agents[0].pid, *(await_beat(run_dir, rank, step=8, incarnation=2).pid for rank in (0, 1))):
+            os.kill(pid, signal.SIGUSR1)
+        ((code, errors),) = endings(agents, within_s=400)
     assert code == 0, errors
-    assert losses(run_dir) == alone[1]
-    (killed,) = doctor(run_dir)["earlier"]
+    return run_dir
+
+
+def test_torchrun_brings_a_killed_rank_back(torchrun_life: Path, alone: Alone) -> None:
+    reached = losses(torchrun_life)
+    assert reached == alone[1][: len(reached)]
+    (killed,) = doctor(torchrun_life)["earlier"]
     assert (killed["kind"], killed["rank"], killed["secondary"]) == ("killed", 1, 1)
     assert "left no record" in killed["what"]
 
 
-def test_a_signal_to_the_supervisor_saves_and_ends_the_run(run_dir: Path) -> None:
-    with started(["megasora", "supervise", "--", *words(run_dir)], ranks=1) as world:
-        await_beat(run_dir, 0, step=3)
+def test_a_signal_under_torchrun_saves_and_ends_the_run(torchrun_life: Path) -> None:
+    assert_stopped(torchrun_life, by="SIGUSR1")
+
+
+def test_a_signal_to_the_supervisor_saves_and_ends_the_run(torchrun_life: Path, alone: Alone) -> None:
+    """The same run goes on, alone."""
+    before = len(losses(torchrun_life))
+    with started(["megasora", "supervise", "--", *words(torchrun_life)], ranks=1) as world:
+        await_beat(torchrun_life, 0, step=before + 2, incarnation=3)
         world[0].send_signal(signal.SIGTERM)
         ((code, errors),) = endings(world)
     assert code == 0, errors
+    assert len(losses(torchrun_life)) > before
+    assert_stopped(torchrun_life, by="SIGTERM")
+
+
+def assert_stopped(run_dir: Path, *, by: str) -> None:
+    """Its last step is saved, and what is said of its end."""
     last = metrics(run_dir)[-1]
     assert last["step"] < STEPS
-    assert [event["event"] for event in last["events"]][-2:] == ["checkpoint", "stop"]
+    assert [event["event"] for event in last["events"] if event["event"] in ("checkpoint", "stop")] == ["checkpoint", "stop"]
     report = doctor(run_dir)
-    assert (report["cause"]["kind"], report["cause"]["what"]) == ("stopped", "asked to stop by SIGTERM")
+    assert (report["cause"]["kind"], report["cause"]["what"]) == ("stopped", f"asked to stop by {by}")
     assert report["saved_step"] == last["step"]
     assert report["lost_steps"] == 0
+
+
+def test_a_save_that_hangs_ends_the_run_with_its_stacks(run_dir: Path) -> None:
+    with started(["tests.recovery.stuck_save", *words(run_dir), "--recovery.save_s", "8"]) as world:
+        ends = endings(world, within_s=400)
+    assert [code for code, _ in ends] == [HANG_EXIT_CODE] * 2, ends
+    report = doctor(run_dir)
+    assert (report["cause"]["kind"], report["cause"]["rank"]) == ("hang", 1)
+    assert "a checkpoint was being written for" in report["cause"]["what"]
+    assert "write_rank_file" in RecoveryFolder.of_run(run_dir).stacks(1, 1).read_text()
+    assert report["saved_step"] == 5
 
 
 def test_a_mistake_is_said_once_and_not_restarted(run_dir: Path) -> None:

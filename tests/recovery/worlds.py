@@ -52,6 +52,29 @@ def started(words: Sequence[str], *, ranks: int = 2) -> Iterator[list[subprocess
             process.wait()
 
 
+@contextlib.contextmanager
+def by_torchrun(words: Sequence[str], *, options: Sequence[str], agents: int = 1) -> Iterator[list[subprocess.Popen[str]]]:
+    """`torchrun OPTIONS -m WORDS`, as often as there are nodes; deaf to SIGUSR1, as job files start it. All are gone afterwards."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--max-restarts", "3", *options, "-m", *words]
+    processes = [
+        subprocess.Popen(
+            ["bash", "-c", 'trap "" USR1; exec "$@"', "bash", *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for _ in range(agents)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+
+
 def endings(processes: Sequence[subprocess.Popen[str]], *, within_s: float = 400.0) -> list[tuple[int, str]]:
     """(exit code, stderr) of each process, once it has ended by itself."""
     found = []

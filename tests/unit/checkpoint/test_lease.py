@@ -48,6 +48,17 @@ def test_a_second_run_is_refused_in_one_line_with_who_has_it(tmp_path: Path) -> 
     assert "--checkpoint.take_over" in said
 
 
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_is_set_neither_frees_nor_takes_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    with held(tmp_path, token=ELSEWHERE, beat_s=0.05) as lease:
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() + hours * 3600)
+        with pytest.raises(UserError, match="is alive"):
+            taken(tmp_path)
+        lease.check()
+    assert taken(tmp_path) == 2
+
+
 def test_numbers_only_go_up(tmp_path: Path) -> None:
     assert [taken(tmp_path / "new" / "folder") for _ in range(3)] == [1, 2, 3]
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == [".owner_00000003.json"]

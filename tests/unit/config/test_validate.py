@@ -91,6 +91,8 @@ def blamed(config: RunConfig, *, world_size: int = 8) -> list[str]:
         ("optimizer", {"ema_decay": 1.0}, "optimizer.ema_decay"),
         ("optimizer", {"clip_grad": -1.0}, "optimizer.clip_grad"),
         ("checkpoint", {"interval_steps": -1}, "checkpoint.interval_steps"),
+        ("checkpoint", {"local_dir": "/disk"}, "checkpoint.local_interval_steps"),
+        ("checkpoint", {"local_interval_steps": 5}, "checkpoint.local_interval_steps"),
         ("flow", {"sigma_min": 1.0}, "flow.sigma_min"),
         ("evaluation", {"sample_interval_steps": 5, "sample_prompts": ()}, "evaluation.sample_prompts"),
         ("sample", {"width": 8}, "sample.width"),

@@ -79,3 +79,19 @@ def test_half_a_line_is_left_out(tmp_path: Path) -> None:
     with folder.goodput.open("a") as file:
         file.write('{"incarnation": 2, "beg')
     assert [record.incarnation for record in read_incarnations(folder)] == [1]
+
+
+def test_a_clock_that_is_set_changes_no_time(tmp_path: Path) -> None:
+    """By hours, forward and back, while an incarnation runs."""
+    clock, wall, folder = Clock(), Clock(), RecoveryFolder(tmp_path)
+    meter = GoodputMeter(folder, 1, every_s=0, clock=clock, wall=lambda: clock.now + wall.now)
+    clock.now += 7
+    for hours in (3, -9):
+        run(meter, clock, range(1, 3) if hours == 3 else range(3, 5))
+        wall.now += hours * 3600
+    meter.close(finished=False)
+    clock.now += 30
+    second = GoodputMeter(folder, 2, every_s=0, clock=clock, wall=lambda: clock.now + wall.now)
+    second.close(finished=True)
+    goodput = second.total()
+    assert (goodput.wall_s, goodput.start_s, goodput.restarts_s) == (7 + 20 + 30, 7, 30)

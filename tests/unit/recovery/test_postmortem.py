@@ -181,6 +181,11 @@ def test_a_run_with_fresh_heartbeats_runs(run: Run) -> None:
     assert run.cause().kind == "running"
 
 
+def test_heartbeats_of_a_clock_that_was_set_back_since_are_old(run: Run) -> None:
+    run.beats(beat(0, alive=NOW + 7200), beat(1, alive=NOW + 7190))
+    assert run.cause().kind == "killed"
+
+
 @pytest.mark.parametrize(
     ("error", "stopped", "ending"), [(None, False, "finished"), (None, True, "stopped"), (KeyboardInterrupt(), False, "interrupted")]
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from megasora.config.schema import RecoveryConfig
 from megasora.recovery.folder import RecoveryFolder, write_json
 from megasora.recovery.heartbeat import Heartbeat, Seat
+from megasora.recovery.last_resort import LastResort
 from megasora.recovery.watchdog import Hang, HangLimits, PeerWatch, Watchdog, read_hang
 from tests.unit.recovery.test_heartbeat import Clock
 
-LIMITS = HangLimits()
+LIMITS = HangLimits.of(RecoveryConfig(), decode_timeout_s=120.0)
 
 
 def seat(rank: int) -> Seat:
@@ -124,7 +127,7 @@ def test_stacks_and_record_are_left_before_the_end(tmp_path: Path) -> None:
     folder = RecoveryFolder(tmp_path)
     heartbeat = Heartbeat(folder, Seat(rank=0, world_size=1, incarnation=1, host="a", pid=1))
     seen: list[object] = []
-    limits = HangLimits(floor_s=0.0, factor=0.0)
+    limits = replace(LIMITS, floor_s=0.0, factor=0.0)
     dog = Watchdog(heartbeat, limits=limits, on_hang=seen.append, poll_s=0.02, end=seen.append)
     heartbeat.beat(1, "optimizer")
     heartbeat.beat(2, "optimizer")
@@ -143,3 +146,46 @@ def test_a_watchdog_that_found_nothing_leaves_nothing(tmp_path: Path) -> None:
     dog.start()
     dog.stop()
     assert not folder.stacks(1, 0).exists()
+
+
+def test_a_save_beside_the_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    clock = Clock()
+    heartbeat, dog = watchdog(RecoveryFolder(tmp_path), clock)
+    began = clock.now
+    saving = [began]
+    heartbeat.saving_since = lambda: saving[0] if saving else None
+    for step in range(2, 122):
+        heartbeat.beat(step, "data")
+        hang = look_for(15, dog, clock)  # steps go on
+    assert hang is None and clock.now - began == 1800
+    heartbeat.beat(122, "data")
+    hang = look_for(2, dog, clock)
+    assert hang is not None and (hang.phase, hang.waited_s, hang.allowed_s) == ("save", 1801.0, 1800.0)
+
+
+def test_a_save_that_has_ended_is_no_hang(tmp_path: Path) -> None:
+    clock = Clock()
+    heartbeat, dog = watchdog(RecoveryFolder(tmp_path), clock)
+    began = clock.now
+    heartbeat.saving_since = lambda: began if clock.now < began + 60 else None
+    heartbeat.beat(1, "optimizer")
+    heartbeat.beat(2, "evaluate")
+    assert look_for(3000, dog, clock) is None
+
+
+def test_the_last_resort_leaves_the_watchdog_its_time(tmp_path: Path) -> None:
+    clock, over = Clock(), [0.0]
+    resort = LastResort(lambda since: over[0], grace_s=30.0, code=75, clock=clock)
+    for over[0] in (-5.0, 10.0, 30.0):
+        clock.now += 1
+        assert not resort.look()
+    over[0] = 31.0
+    assert resort.look()
+
+
+def test_a_suspended_process_is_not_ended_by_the_last_resort() -> None:
+    clock = Clock()
+    began = clock.now
+    resort = LastResort(lambda since: clock.now - max(began, since), grace_s=30.0, code=75, clock=clock)
+    clock.now += 7200
+    assert not resort.look()

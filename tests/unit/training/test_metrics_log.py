@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
 
-from megasora.training.metrics import MetricsLog, StepMetrics
+import pytest
+
+from megasora.training.metrics import MetricsLog, RecordFile, StepMetrics
 
 
 def step(number: int, *, loss: float = 1.0) -> StepMetrics:
@@ -35,3 +38,50 @@ def test_a_resumed_run_has_one_line_per_step(tmp_path: Path) -> None:
 def test_a_value_that_is_no_number_is_null(tmp_path: Path) -> None:
     (line,) = write(tmp_path, step(1, loss=math.nan))
     assert json.loads(line)["loss"] is None and "NaN" not in line
+
+
+class Disk:
+    """A file that takes so many bytes."""
+
+    def __init__(self) -> None:
+        self.room, self.content = 0, b""
+
+    def write(self, data: bytes) -> int:
+        taken = data[: self.room]
+        if not taken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room, self.content = self.room - len(taken), self.content + taken
+        return len(taken)
+
+    def close(self) -> None: ...
+
+
+def test_a_full_disk_costs_no_record(tmp_path: Path) -> None:
+    records, disk = RecordFile(tmp_path / "file"), Disk()
+    records._file = disk  # type: ignore[assignment]
+    disk.room = 3
+    records.write("first\n")
+    assert (records.problem, disk.content) == ("No space left on device", b"fir")
+    records.write("second\n")
+    disk.room = 100
+    records.write("third\n")
+    assert (records.problem, disk.content) == (None, b"first\nsecond\nthird\n")
+    disk.room = 0
+    records.write("lost\n")
+    assert records.close() == 5
+
+
+class Broken:
+    """A TensorBoard writer whose thread has met a full disk."""
+
+    def add_scalar(self, *arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_tensorboard_is_given_up_when_it_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsLog(tmp_path, active=True, total_steps=9, first_step=0, interval_steps=9, tensorboard=False) as log:
+        log._writer = Broken()
+        log.write(step(1))
+        log.write(step(2))
+    assert capsys.readouterr().err.count("TensorBoard's file cannot be written (No space left on device)") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
