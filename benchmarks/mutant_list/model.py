@@ -145,7 +145,7 @@ MUTANTS = (
     Mutant(
         "one frame is two",
         "megasora/models/autoencoders/dc_ae/resampling.py",
-        "temporal and x.shape[2] != 1",
+        "temporal and num_frames != 1",
         "temporal",
         DC_AE,
     ),
@@ -166,7 +166,7 @@ MUTANTS = (
     Mutant(
         "runs of frames without their neighbours",
         "megasora/models/autoencoders/dc_ae/convolution.py",
-        "start * stride - reach, (stop - 1) * stride + reach + 1",
+        "start * stride - ahead, (stop - 1) * stride - ahead + kernel",
         "start * stride, (stop - 1) * stride + 1",
         DC_AE,
     ),
