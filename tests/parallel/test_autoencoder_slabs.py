@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasora.config.dc_ae import TINY
+from megasora.config.dc_ae import TINY, DCAEConfig
+from megasora.config.schema import SlabAxis
 from megasora.models.autoencoders.dc_ae.model import VideoDCAE
 from megasora.models.autoencoders.dc_ae.network import DCAENetwork
-from megasora.models.autoencoders.slabs import Axis, SlabbedNetwork, halo_lines
-from megasora.parallel import slabs as slabs_module
-from megasora.parallel.slabs import Lines, Slabs, even_shares, halo_of
+from megasora.models.autoencoders.dc_ae.traffic import slab_traffic
+from megasora.models.autoencoders.slabs import halo_lines
+from megasora.parallel.slabs import Lines, even_shares, halo_of
+from tests.parallel.test_traffic import CountBytes
 from tests.pool import RankPool
 
 Clip = tuple[int, int, int]
 CONFIG = replace(TINY, widths=(4, 4, 8, 8, 8, 8), head_dim=4, latent_channels=4)
-CASES: list[tuple[int, Axis, Clip]] = [
+CASES: list[tuple[int, SlabAxis, Clip]] = [
     (2, "time", (8, 32, 32)),  # one latent frame each: thinner than the 5x5x5 kernel's reach
     (3, "time", (28, 32, 64)),  # 3, 2, 2 latent frames
     (4, "time", (12, 32, 32)),  # the last rank has none
@@ -58,7 +57,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def both_ways_on_rank(rank: int, axis: Axis, clip: Clip) -> tuple[Tensor, Tensor]:
+def both_ways_on_rank(rank: int, axis: SlabAxis, clip: Clip) -> tuple[Tensor, Tensor]:
     slabbed = network(torch.float32).in_slabs(dist.group.WORLD, axis=axis)
     with torch.no_grad():
         latent = slabbed.moments(drawn(1, 3, *clip, dtype=torch.float32))
@@ -66,7 +65,7 @@ def both_ways_on_rank(rank: int, axis: Axis, clip: Clip) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize(("ranks", "axis", "clip"), CASES, ids=IDS)
-def test_latents_and_pixels_are_those_of_one_rank(pool: RankPool, ranks: int, axis: Axis, clip: Clip) -> None:
+def test_latents_and_pixels_are_those_of_one_rank(pool: RankPool, ranks: int, axis: SlabAxis, clip: Clip) -> None:
     whole = network(torch.float32)
     with torch.no_grad():
         latent = whole.moments(drawn(1, 3, *clip, dtype=torch.float32))
@@ -95,7 +94,7 @@ def gradients_of_one(clip: Clip) -> tuple[float, dict[str, Tensor]]:
     return float(loss), gradients(module)
 
 
-def gradients_on_rank(rank: int, axis: Axis, clip: Clip, gathered: bool, recompute: bool) -> tuple[float, dict[str, Tensor]]:
+def gradients_on_rank(rank: int, axis: SlabAxis, clip: Clip, gathered: bool, recompute: bool) -> tuple[float, dict[str, Tensor]]:
     """A training step's gradients: of a loss of the gathered clip, the same on every rank, or of every slab's own share."""
     ours = network(torch.float64, recompute=recompute)
     slabbed = ours.in_slabs(dist.group.WORLD, axis=axis)
@@ -116,7 +115,7 @@ def gradients_on_rank(rank: int, axis: Axis, clip: Clip, gathered: bool, recompu
 
 
 @pytest.mark.parametrize(("ranks", "axis", "clip"), CASES, ids=IDS)
-def test_every_gradient_is_that_of_one_rank(pool: RankPool, ranks: int, axis: Axis, clip: Clip) -> None:
+def test_every_gradient_is_that_of_one_rank(pool: RankPool, ranks: int, axis: SlabAxis, clip: Clip) -> None:
     loss, expected = gradients_of_one(clip)
     gathered = ranks % 2 == 1
     for ours, found in pool.run(ranks, gradients_on_rank, axis, clip, gathered, ranks == 4):
@@ -151,3 +150,46 @@ def test_a_stride_reads_nothing_behind() -> None:
     assert halo_lines(8, kernel=5, stride=1) == (2, 2)
     assert halo_lines(1, kernel=3, stride=2) == (1, 1)  # a single frame
     assert halo_lines(8, kernel=1, stride=1) == (0, 0)
+
+
+def traffic_on_rank(rank: int, axis: SlabAxis, clip: Clip) -> list[tuple[int, int, int]]:
+    """(bytes sent, messages, bytes summed) of encoding, of decoding and of both with their backward pass."""
+    ours = network(torch.float32)
+    slabbed = ours.in_slabs(dist.group.WORLD, axis=axis)
+    way = slabbed.clip(num_frames=clip[0], height=clip[1], width=clip[2])
+    own = way.split(drawn(1, 3, *clip, dtype=torch.float32)).requires_grad_()
+    found: list[tuple[int, int, int]] = []
+
+    def note(counter: CountBytes) -> None:
+        found.append((counter.bytes["send"], counter.calls["send"], counter.bytes["allreduce_"]))
+
+    with CountBytes() as counter:
+        latent = way.encode(own)
+    note(counter)
+    with CountBytes() as counter:
+        pixels = way.decode(latent)
+    note(counter)
+    with CountBytes() as counter:
+        pixels.sum().backward()
+    note(counter)
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "axis", "clip"), [case for case in CASES if case[0] < 4], ids=IDS[:2] + IDS[3:5] + IDS[6:])
+def test_bytes_are_those_of_the_formula(pool: RankPool, ranks: int, axis: SlabAxis, clip: Clip) -> None:
+    encode, decode = (slab_traffic(CONFIG, way, clip, ranks=ranks, axis=axis, itemsize=4) for way in ("encode", "decode"))  # type: ignore[arg-type]
+    for rank, counted in enumerate(pool.run(ranks, traffic_on_rank, axis, clip)):
+        expected = [(made[rank].halo_bytes, made[rank].messages, made[rank].sum_bytes) for made in (encode, decode)]
+        assert counted[:2] == expected
+    # backward, each rank sends what it received, so bytes agree over all ranks
+    both = [sum(getattr(one, name) for made in (encode, decode) for one in made) for name in ("halo_bytes", "messages", "sum_bytes")]
+    counted = pool.run(ranks, traffic_on_rank, axis, clip)
+    assert [sum(rank[2][place] for rank in counted) for place in range(3)] == both
+
+
+def test_bytes_of_the_published_sizes() -> None:
+    """Measured of the authors' class at 768px and 128 frames, bf16, split on height: 2.5 GB encoding, 3.0 GB decoding, of an inner rank."""
+    clip = (128, 768, 768)
+    encode, decode = (slab_traffic(DCAEConfig(), way, clip, ranks=4, axis="height", itemsize=2)[1] for way in ("encode", "decode"))  # type: ignore[arg-type]
+    assert encode.halo_bytes == pytest.approx(2.5e9, rel=0.05) and decode.halo_bytes == pytest.approx(3.0e9, rel=0.01)
+    assert encode.sum_bytes == decode.sum_bytes == pytest.approx(2.0e6, rel=0.02)

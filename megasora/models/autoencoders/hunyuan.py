@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from megasora.config.errors import UserError
-from megasora.models.autoencoders.autoencoder import AutoencoderFacts
+from megasora.config.schema import SlabAxis
+from megasora.models.autoencoders.autoencoder import AutoencoderFacts, Network
 from megasora.models.autoencoders.posterior import Posterior
 
 CLASS_NAME = "AutoencoderKLHunyuanVideo"
@@ -80,3 +82,7 @@ class HunyuanNetwork:
         """[1, 3, T, H, W] of a latent."""
         video: Tensor = self.module.decoder(self.module.post_quant_conv(z))
         return video
+
+    def in_slabs(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> Network:
+        """Refused: its layers are diffusers', which know no neighbours' frames, no sums of GroupNorm and no keys of other ranks."""
+        raise UserError(f"{CLASS_NAME} is not split into slabs; use --encoders.parallel tiles, which are dealt out with the same bits")

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from megasora.config.schema import SlabAxis
 from megasora.models.autoencoders.autoencoder import AutoencoderFacts, Network
 from megasora.models.autoencoders.posterior import Posterior
 from megasora.models.autoencoders.surroundings import Lengths, Surroundings
 from megasora.parallel.slabs import Slabs, even_shares
 
-Axis = Literal["time", "height"]
-AXES: tuple[Axis, ...] = ("time", "height")
+AXES: tuple[SlabAxis, ...] = ("time", "height")
 """By their place among the last three dimensions."""
 Through = Callable[[Tensor, Surroundings], Tensor]
 
@@ -107,7 +106,7 @@ class SlabbedNetwork:
         axis: what is cut.
     """
 
-    def __init__(self, network: Network, *, moments: Through, pixels: Through, group: dist.ProcessGroup, axis: Axis) -> None:
+    def __init__(self, network: Network, *, moments: Through, pixels: Through, group: dist.ProcessGroup, axis: SlabAxis) -> None:
         self.network, self.group, self.axis = network, group, axis
         self._ways = moments, pixels
         # NCCL: all ranks must take part in a group's first exchange, and some may have no neighbours (torch.distributed.batch_isend_irecv)
@@ -132,6 +131,10 @@ class SlabbedNetwork:
         """
         self.facts.refuse(num_frames, height, width)
         return self._way(self.facts.latent_shape(num_frames, height, width)[1:], one_frame=num_frames == 1)
+
+    def in_slabs(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> Network:
+        """See `Network.in_slabs`: of the whole network."""
+        return self.network.in_slabs(group, axis=axis)
 
     def _way(self, latent: tuple[int, ...], *, one_frame: bool) -> ClipSlabs:
         """Of a clip or tile whose latent has this many frames, rows and columns."""

@@ -5,6 +5,8 @@ No position, no causality. Source: opensora/models/dc_ae/models/nn/ops.py (LiteM
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -40,8 +42,10 @@ class LiteMLA(nn.Module):
     def forward(self, x: Float[Tensor, "B C T H W"], surroundings: Surroundings) -> Float[Tensor, "B C T H W"]:
         """What is added to x."""
         qkv = self.qkv(x, surroundings)
-        ((neighbours, mix),) = self.aggreg  # type: ignore[misc]
-        scales = torch.cat([qkv, mix(neighbours(qkv, surroundings), surroundings)], dim=1)
+        neighbourhoods = qkv
+        for convolution in cast(nn.ModuleList, self.aggreg[0]):
+            neighbourhoods = convolution(neighbourhoods, surroundings)
+        scales = torch.cat([qkv, neighbourhoods], dim=1)
         attended: Tensor = self.proj(linear_attention(scales, surroundings, head_dim=self.head_dim).to(x.dtype), surroundings)
         return attended
 
@@ -66,5 +70,5 @@ def linear_attention(
 
 
 def keys_and_values(k: Float[Tensor, "B heads K N"], v: Float[Tensor, "B heads K N"]) -> Float[Tensor, "B heads K1 K"]:
-    """Sum over N places of v k^T, with the sum of k as its last row; over all of them it is the only thing one place learns of all others."""
+    """Sum over N places of v k^T, with the sum of k as its last row; over all places, it is the only thing one learns of all others."""
     return F.pad(v, (0, 0, 0, 1), value=1.0) @ k.transpose(-1, -2)

@@ -45,7 +45,9 @@ class Convolution(nn.Conv3d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Float[Tensor, "B C T H W"], surroundings: Surroundings) -> Float[Tensor, "B D t h w"]:
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "B C T H W"], surroundings: Surroundings
+    ) -> Float[Tensor, "B D t h w"]:
         """Convolved; a clip whose tensors outgrow 32-bit indices goes through in runs of frames, with the same result."""
         stride: Lengths = (self.stride[0], self.stride[1], self.stride[2])
         side = self.kernel_size[0]

@@ -11,7 +11,7 @@ EPS = 1e-5
 
 
 class ChannelNorm(nn.Module):
-    """x / sqrt(mean(x^2) + EPS) x weight + bias over the channels; the mean is taken in fp32 at least, the quotient cast back before the weight."""
+    """x / sqrt(mean(x^2) + EPS) x weight + bias over the channels; the mean in fp32 at least, the quotient cast back before the weight."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
