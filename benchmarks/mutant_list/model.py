@@ -171,6 +171,27 @@ MUTANTS = (
         DC_AE,
     ),
     Mutant(
+        "gradients of a halo stay where it was read",
+        "megasora/parallel/slabs.py",
+        "place.add_(lines)",
+        "place.add_(0 * lines)",
+        SLABS,
+    ),
+    Mutant(
+        "the gradient of a sum over ranks is one rank's",
+        "megasora/parallel/slabs.py",
+        "total = _added(grad, slabs.group)",
+        "total = grad",
+        SLABS,
+    ),
+    Mutant(
+        "a slab of one frame is a picture",
+        "megasora/models/autoencoders/slabs.py",
+        'self.slabs.num_lines(x) if AXES[3 + self.slabs.dim] == "time" else x.shape[2]',
+        "x.shape[2]",
+        SLABS,
+    ),
+    Mutant(
         "rotary axes in another order",
         "megasora/models/mmdit/rotary.py",
         "positions[:, axis, None]",

@@ -279,9 +279,9 @@ class EncodersConfig:
     the released DiT lives on raw latents; Open-Sora's training config says 0.493 to divide by (2.0284 here) and never applies it."""
     parallel: Sharing = "tiles"
     """How ranks share out a clip in `data encode` and sampling: not, by its tiles (one rank's bits), or in slabs of each tile or uncut clip
-    along parallel_axis (video DC-AE; equal up to rounding). Training's own encoding deals out whole clips."""
+    along parallel_axis (equal up to rounding). Training's own encoding deals out whole clips."""
     parallel_axis: SlabAxis = "time"
-    """What slabs are of."""
+    """What slabs are of; a causal autoencoder's only of height."""
 
 
 @dataclass(frozen=True, kw_only=True)

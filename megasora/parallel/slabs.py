@@ -114,6 +114,16 @@ class Slabs:
         """Lines of the whole at the layer whose tensor this rank's slab is."""
         return sum(self.lengths(slab))
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank has the first line of the whole."""
+        return self.own > 0 and not any(self.units[: self.rank])
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the last line of the whole."""
+        return self.own > 0 and not any(self.units[self.rank + 1 :])
+
     def split(self, whole: Tensor) -> Tensor:
         """This rank's slab, which may have no lines. Its gradient is zero elsewhere."""
         per_unit, rest = divmod(whole.shape[self.dim], sum(self.units))
@@ -123,6 +133,13 @@ class Slabs:
     def gather(self, slab: Tensor) -> Tensor:
         """The whole on every rank, from slabs that may have no lines; `split`'s inverse, backward too."""
         made: Tensor = _Gather.apply(slab, self)  # type: ignore[no-untyped-call]
+        return made
+
+    def gather_for_all(self, slab: Tensor) -> Tensor:
+        """The whole on every rank, for each to compute something else of it: gradients are summed over the ranks. An empty slab is held as
+        one unit of which nothing is taken."""
+        lines = slab.narrow(self.dim, 0, self.lengths(slab)[self.rank])
+        made: Tensor = _Summed.apply(self.gather(lines), self)  # type: ignore[no-untyped-call]
         return made
 
     def with_halo(self, slab: Tensor, *, before: int, after: int) -> Tensor:
@@ -182,6 +199,21 @@ class _Total(torch.autograd.Function):
         slabs = ctx.slabs  # type: ignore[attr-defined]
         total = _added(grad, slabs.group)
         return (total if slabs.own else torch.zeros_like(total)), None
+
+
+class _Summed(torch.autograd.Function):
+    """The same tensor; in the backward, the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, whole: Tensor, slabs: Slabs) -> Tensor:  # type: ignore[override]
+        ctx.slabs = slabs  # type: ignore[attr-defined]
+        return whole.view_as(whole)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        slabs = ctx.slabs  # type: ignore[attr-defined]
+        return _added(grad if slabs.own else torch.zeros_like(grad), slabs.group), None
 
 
 class _Gather(torch.autograd.Function):

@@ -44,6 +44,7 @@ def both_ways_on_rank(rank: int, name: str, cut: bool, sharing: Sharing, axis: S
         ("dc_ae", True, "slabs", "height"),
         ("dc_ae", False, "slabs", "time"),
         ("hunyuan", True, "tiles", "time"),
+        ("hunyuan", True, "slabs", "height"),
     ],
 )
 def test_every_way_to_share(pool: RankPool, name: str, cut: bool, sharing: Sharing, axis: SlabAxis) -> None:
@@ -52,10 +53,10 @@ def test_every_way_to_share(pool: RankPool, name: str, cut: bool, sharing: Shari
     assert results[0][2] is None
     bound = 1e-5 if sharing == "slabs" else 0.0
     for ours in results:
-        assert distance(ours[0], mean) <= bound and torch.equal(ours[1], std)
+        assert distance(ours[0], mean) <= bound and distance(ours[1] + 1, std + 1) <= bound
     assert distance(results[1][2], video) <= bound
 
 
-def test_slabs_of_layers_that_know_no_neighbours_are_refused(pool: RankPool) -> None:
-    with pytest.raises(RankFailedError, match=r"AutoencoderKLHunyuanVideo is not split into slabs; use --encoders.parallel tiles"):
+def test_slabs_of_time_of_a_causal_network_are_refused(pool: RankPool) -> None:
+    with pytest.raises(RankFailedError, match=r"AutoencoderKLHunyuanVideo is not split in time .*; use --encoders.parallel_axis height"):
         pool.run(2, both_ways_on_rank, "hunyuan", True, "slabs", "time")

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from megasora.config.errors import UserError
 from megasora.config.schema import SlabAxis
-from megasora.models.autoencoders.autoencoder import AutoencoderFacts, Network
+from megasora.models.autoencoders.autoencoder import AutoencoderFacts
+from megasora.models.autoencoders.hunyuan_slabs import HunyuanSlab
 from megasora.models.autoencoders.posterior import Posterior
+from megasora.models.autoencoders.slabs import SlabbedNetwork
 
 CLASS_NAME = "AutoencoderKLHunyuanVideo"
 
@@ -83,6 +85,22 @@ class HunyuanNetwork:
         video: Tensor = self.module.decoder(self.module.post_quant_conv(z))
         return video
 
-    def in_slabs(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> Network:
-        """Refused: its layers are diffusers', which know no neighbours' frames, no sums of GroupNorm and no keys of other ranks."""
-        raise UserError(f"{CLASS_NAME} is not split into slabs; use --encoders.parallel tiles, which are dealt out with the same bits")
+    def in_slabs(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> SlabbedNetwork:
+        """The same network with each clip or tile over the ranks of a group.
+
+        Raises:
+            UserError: slabs of time.
+        """
+        if axis == "time":
+            raise UserError(
+                f"{CLASS_NAME} is not split in time (frame 0 stands alone in every layer); use --encoders.parallel_axis height, or "
+                "--encoders.parallel tiles"
+            )
+        module = self.module
+        return SlabbedNetwork(
+            self,
+            moments=lambda pixels, slab: HunyuanSlab(module, slab.slabs).moments(pixels),
+            pixels=lambda z, slab: HunyuanSlab(module, slab.slabs).pixels(z),
+            group=group,
+            axis=axis,
+        )

@@ -1,8 +1,9 @@
 """An autoencoder's network with one clip over the ranks of a group, in slabs of time or of height: equal to one rank up to rounding.
 
-For networks whose layers ask their `Surroundings` (the video DC-AE's). Slabs are cut on whole latent frames or rows, uneven where they do
-not divide; a rank without any takes part on zeros that nobody reads. `SlabbedNetwork` is a `Network` (whole clips in, whole latents out, on
-every rank); `SlabbedNetwork.clip` gives what training an autoencoder needs, slabs in and slabs out, with gradients.
+For networks whose layers ask their `Surroundings` (the video DC-AE's) or are walked through (HunyuanVideo's, `hunyuan_slabs.py`). Slabs are cut
+on whole latent frames or rows, uneven where they do not divide; a rank without any takes part on zeros that nobody reads. `SlabbedNetwork` is a
+`Network` (whole clips in, whole latents out, on every rank); `SlabbedNetwork.clip` gives what training an autoencoder needs, slabs in and slabs
+out, with gradients.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from torch import Tensor, nn
 from megasora.config.schema import SlabAxis
 from megasora.models.autoencoders.autoencoder import AutoencoderFacts, Network
 from megasora.models.autoencoders.posterior import Posterior
-from megasora.models.autoencoders.surroundings import Lengths, Surroundings
+from megasora.models.autoencoders.surroundings import Lengths
 from megasora.parallel.slabs import Slabs, even_shares
 
 AXES: tuple[SlabAxis, ...] = ("time", "height")
 """By their place among the last three dimensions."""
-Through = Callable[[Tensor, Surroundings], Tensor]
 
 
 class InSlab:
@@ -46,6 +46,9 @@ class InSlab:
     def num_frames(self, x: Tensor) -> int:
         """See `Surroundings.num_frames`."""
         return self.slabs.num_lines(x) if AXES[3 + self.slabs.dim] == "time" else x.shape[2]
+
+
+Through = Callable[[Tensor, InSlab], Tensor]
 
 
 def halo_lines(length: int, *, kernel: int, stride: int) -> tuple[int, int]:
