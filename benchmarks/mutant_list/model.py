@@ -12,6 +12,7 @@ from mutant_list.mutant import (
     LAYOUT,
     MATHS,
     SCHEDULE,
+    SLABS,
     TILING,
     WINDOWS,
     Mutant,

@@ -142,7 +142,7 @@ class PrecisionConfig:
     """Attention kernel. auto on CUDA in bf16: torch's cuDNN kernel for packs of equally long samples, else te or flash, the first that is
     installed; torch elsewhere."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    """What computes norms, gates, rotations and changes of order between matrix products: Triton (one pass each), torch; auto: by device."""
+    """What computes norms, gates, rotations and changes of order between matrix products: Triton (one pass each), torch; auto by device."""
 
 
 @dataclass(frozen=True, kw_only=True)

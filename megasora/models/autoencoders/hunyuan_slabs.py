@@ -1,9 +1,9 @@
 """HunyuanVideo's network on a slab of height: the steps of diffusers' modules, with their parameters, and what they need of other ranks.
 
-diffusers' layers cannot be handed surroundings, so their forwards (diffusers/models/autoencoders/autoencoder_kl_hunyuan_video.py) stand here
-once more, layer by layer. A convolution reads one row above and below, and repeats the clip's first and last row as diffusers pads; GroupNorm
-takes its statistics over all ranks; the middle attention keys and values of all. Slabs of time are not built: frame 0 stands alone in every
-layer, so a first slab has one frame more than its share.
+diffusers' layers cannot be handed surroundings, so their forwards (diffusers/models/autoencoders/autoencoder_kl_hunyuan_video.py) stand
+here once more, layer by layer. A convolution reads one row above and below, and repeats the clip's first and last row as diffusers pads;
+GroupNorm takes its statistics over all ranks; the middle attention keys and values of all. No slabs of time: frame 0 stands alone
+in every layer, so a first slab would not have its share of frames.
 """
 
 from __future__ import annotations

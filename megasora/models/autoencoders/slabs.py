@@ -1,9 +1,9 @@
 """An autoencoder's network with one clip over the ranks of a group, in slabs of time or of height: equal to one rank up to rounding.
 
-For networks whose layers ask their `Surroundings` (the video DC-AE's) or are walked through (HunyuanVideo's, `hunyuan_slabs.py`). Slabs are cut
-on whole latent frames or rows, uneven where they do not divide; a rank without any takes part on zeros that nobody reads. `SlabbedNetwork` is a
-`Network` (whole clips in, whole latents out, on every rank); `SlabbedNetwork.clip` gives what training an autoencoder needs, slabs in and slabs
-out, with gradients.
+For networks whose layers ask their `Surroundings` (the video DC-AE's) or are walked through (HunyuanVideo's, `hunyuan_slabs.py`). Slabs are
+cut on whole latent frames or rows, uneven where they do not divide; a rank without any takes part on zeros that nobody reads.
+`SlabbedNetwork` is a `Network` (whole clips in, whole latents out, on every rank); `SlabbedNetwork.clip` gives what training an autoencoder
+needs, slabs in and slabs out, with gradients.
 """
 
 from __future__ import annotations
