@@ -12,6 +12,7 @@ from mutant_list.mutant import (
     LAYOUT,
     MATHS,
     SCHEDULE,
+    SLABS,
     TILING,
     WINDOWS,
     Mutant,
@@ -145,7 +146,7 @@ MUTANTS = (
     Mutant(
         "one frame is two",
         "megasora/models/autoencoders/dc_ae/resampling.py",
-        "temporal and x.shape[2] != 1",
+        "temporal and num_frames != 1",
         "temporal",
         DC_AE,
     ),
@@ -166,9 +167,30 @@ MUTANTS = (
     Mutant(
         "runs of frames without their neighbours",
         "megasora/models/autoencoders/dc_ae/convolution.py",
-        "start * stride - reach, (stop - 1) * stride + reach + 1",
+        "start * stride - ahead, (stop - 1) * stride - ahead + kernel",
         "start * stride, (stop - 1) * stride + 1",
         DC_AE,
+    ),
+    Mutant(
+        "gradients of a halo stay where it was read",
+        "megasora/parallel/slabs.py",
+        "place.add_(lines)",
+        "place.add_(0 * lines)",
+        SLABS,
+    ),
+    Mutant(
+        "the gradient of a sum over ranks is one rank's",
+        "megasora/parallel/slabs.py",
+        "total = _added(grad, slabs.group)",
+        "total = grad",
+        SLABS,
+    ),
+    Mutant(
+        "a slab of one frame is a picture",
+        "megasora/models/autoencoders/slabs.py",
+        'self.slabs.num_lines(x) if AXES[3 + self.slabs.dim] == "time" else x.shape[2]',
+        "x.shape[2]",
+        SLABS,
     ),
     Mutant(
         "rotary axes in another order",

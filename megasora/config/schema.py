@@ -12,6 +12,8 @@ from typing import Literal
 
 Dtype = Literal["fp32", "bf16"]
 Fp8 = Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"]
+Sharing = Literal["none", "tiles", "slabs"]
+SlabAxis = Literal["time", "height"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +142,7 @@ class PrecisionConfig:
     """Attention kernel. auto on CUDA in bf16: torch's cuDNN kernel for packs of equally long samples, else te or flash, the first that is
     installed; torch elsewhere."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    """What computes norms, gates, rotations and changes of order between matrix products: Triton's kernels (CUDA, one pass each) or torch's
-    operations; auto takes Triton's on CUDA."""
+    """What computes norms, gates, rotations and changes of order between matrix products: Triton (one pass each), torch; auto by device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +185,8 @@ class DataConfig:
     target_fps: float = 24.0
     """Clips are strided by the smallest whole number that brings them to at most this rate (Open-Sora's fps_max)."""
     temporal_start: Literal["first", "random"] = "first"
-    """Where in a longer clip its frames begin: at its first frame, or drawn each time the clip is taken (Open-Sora's temporal_random_crop).
-    A cache of latents holds one start of each clip, drawn when it was encoded."""
+    """Where in a longer clip its frames begin: at its first, or drawn each time it is taken (Open-Sora temporal_random_crop); in a cache
+    of latents once, when it is encoded."""
     text_tokens: int = 512
     """Length L of the text embedding (padded, no mask)."""
     decoder: Literal["auto", "pyav", "dali", "mixed"] = "auto"
@@ -196,13 +197,12 @@ class DataConfig:
     decode_timeout_s: float = 120.0
     """A clip that takes longer is skipped (weight 0), and a thread that hangs in it is replaced."""
     quarantine_after: int = 3
-    """Failures, over epochs and restarts, after which a clip is not decoded any more: it then costs its step a clip, but no time.
-    0 tries for ever."""
+    """Failures, over epochs and restarts, after which a clip is not decoded any more (its step is a clip short); 0 tries for ever."""
     prefetch_steps: int = 2
     """Steps whose clips are decoded ahead."""
     encode_ahead: bool | None = None
-    """Encode or read the next step's clips in a thread, on a CUDA stream of its own, while a step trains: the encoders' memory adds to the
-    model's. None: on CUDA; on the CPU the thread would take the cores that train."""
+    """Encode or read the next step's clips in a thread, on a CUDA stream of its own, while a step trains (encoders and model then need
+    memory together). None: on CUDA; on the CPU the thread would take the cores that train."""
     dropout_t5: float = 0.31622777
     """Probability that a sample trains without its T5 text. Open-Sora configs/diffusion/train: dropout_ratio t5."""
     dropout_clip: float = 0.31622777
@@ -248,8 +248,7 @@ class EncodersConfig:
     """Autoencoder and text encoders, as local folders in their published formats."""
 
     vae: str | None = None
-    """Folder of an autoencoder of clips; its config.json says which: HunyuanVideo's (diffusers AutoencoderKLHunyuanVideo), or a video DC-AE
-    as `megasora convert --to dc-ae` makes it."""
+    """Folder of an autoencoder of clips: diffusers' AutoencoderKLHunyuanVideo, or a video DC-AE of `megasora convert --to dc-ae`."""
     t5: str | None = None
     """Folder of a T5 encoder (transformers T5EncoderModel) with its spiece.model."""
     clip: str | None = None
@@ -264,8 +263,7 @@ class EncodersConfig:
     temporal_compression: int = 4
     """Video frames per latent frame."""
     causal: bool = True
-    """Whether the autoencoder gives frame 0 a latent frame of its own (HunyuanVideo: 4k+1 frames) or not (video DC-AE: 4k frames).
-    Open-Sora configs/diffusion/train: is_causal_vae."""
+    """Whether frame 0 has a latent frame of its own (HunyuanVideo: 4k+1 frames) or not (video DC-AE: 4k). Open-Sora: is_causal_vae."""
     spatial_compression: int = 8
     """Pixels per latent pixel."""
     tile_size: int = 256
@@ -279,6 +277,11 @@ class EncodersConfig:
     scaling_factor: float | None = None
     """Training and sampling multiply latents by it; None takes what the autoencoder's folder says. Of the video DC-AE that is 1:
     the released DiT lives on raw latents; Open-Sora's training config says 0.493 to divide by (2.0284 here) and never applies it."""
+    parallel: Sharing = "tiles"
+    """How ranks share out a clip in `data encode` and sampling: not, by its tiles (one rank's bits), or in slabs of each tile or uncut clip
+    along parallel_axis (equal up to rounding). Training's own encoding deals out whole clips."""
+    parallel_axis: SlabAxis = "time"
+    """What slabs are of; a causal autoencoder's only of height."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,8 +421,7 @@ class SampleConfig:
     motion_score: float | None = 4.0
     """Motion score appended to the prompt; None appends nothing."""
     reuse_threshold: float = 0.0
-    """Accumulated relative change of the velocity below which a step is extrapolated from the last two instead of evaluated; 0 evaluates
-    every step."""
+    """Accumulated relative change of the velocity below which a step is extrapolated from the last two; 0 evaluates every step."""
     reuse_check: bool = False
     """With reuse_threshold, also draw the clip without reuse, and record how far the two latents lie apart."""
     seed: int = 42

@@ -299,6 +299,12 @@ def _tiles(config: RunConfig, world_size: int) -> Iterator[Problem]:
             message=f"{encoders.tile_overlap} of {encoders.tile_size} pixels is no whole number of latent pixels below the tile",
             cure="use 0.25",
         )
+    if encoders.parallel == "slabs" and encoders.parallel_axis == "time" and encoders.causal:
+        yield Problem(
+            field="encoders.parallel_axis",
+            message="is time, and a causal autoencoder is not split in time: its frame 0 stands alone in every layer",
+            cure="use height, or encoders.parallel tiles",
+        )
     if encoders.hold_given:
         reasons = {
             "a causal autoencoder's latent frame of a picture is one frame": encoders.causal,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megasora.config.errors import UserError
@@ -52,12 +53,24 @@ def check_sources(request: ClipRequest, encoders: EncodersConfig) -> None:
 
 
 def encode_given(
-    request: ClipRequest, vae: Autoencoder, encoders: EncodersConfig, *, decoder: PyAVDecoder | None = None
+    request: ClipRequest,
+    vae: Autoencoder,
+    encoders: EncodersConfig,
+    *,
+    decoder: PyAVDecoder | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[tuple[GivenFrames, Tensor], ...]:
     """Runs of given frames and their scaled latents (posterior means, on the CPU).
 
     Of a picture its one frame, of a clip given as a picture its first frame (at the clip's head) or its last (at its tail), of a given clip
     its first or last frames.
+
+    Args:
+        request: the clip.
+        vae: the autoencoder.
+        encoders: its settings.
+        decoder: of the files.
+        group: ranks that share out the encoding; all of them get the latents.
 
     Raises:
         UserError: a file cannot be decoded.
@@ -73,7 +86,7 @@ def encode_given(
             pixels = decoder.decode(_request(path, request, start=max(0, start), count=run.count))
         except DecodeError as error:
             raise UserError(str(error)) from error
-        made.append((run, vae.encode(pixels).float().cpu()))
+        made.append((run, vae.encode(pixels, group=group).float().cpu()))
     return tuple(made)
 
 

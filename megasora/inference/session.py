@@ -139,7 +139,7 @@ class Session:
         """
         text, vec = self.shelf.text(self.caption(request))
         null_text, null_vec = self.shelf.text(request.negative)
-        given = encode_given(request, self.shelf.vae, self.config.encoders) if request.kind != "t2v" else ()
+        given = encode_given(request, self.shelf.vae, self.config.encoders, group=self.world.groups.clip) if request.kind != "t2v" else ()
         return Prompt(text=text, vec=vec, null_text=null_text, null_vec=null_vec, kind=request.kind, given=given)
 
     def draw(self, request: ClipRequest, prompt: Prompt, *, on_step: Callable[[int], None] | None = None) -> tuple[Tensor, Drawn]:

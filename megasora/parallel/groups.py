@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -78,6 +79,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def launched_ranks(environment: Mapping[str, str]) -> int:
+    """Ranks of the world that torchrun or srun describes; 1 for a bare command."""
+    return int(environment.get("WORLD_SIZE", environment.get("SLURM_NTASKS", "1")))
+
+
 def start_world(device: torch.device, *, timeout_minutes: float) -> None:
     """Start torch.distributed for the world torchrun or srun describes; a bare command is a world of one."""
     if device.type == "cpu":
@@ -88,7 +94,7 @@ def start_world(device: torch.device, *, timeout_minutes: float) -> None:
         return
     env = os.environ
     rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
-    world_size = int(env.get("WORLD_SIZE", env.get("SLURM_NTASKS", "1")))
+    world_size = launched_ranks(env)
     backend = "gloo" if device.type == "cpu" else "nccl"
     timeout = timedelta(minutes=timeout_minutes)
     if world_size == 1:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import av
 import pytest
+import safetensors.torch
 import torch
 
 from megasora import recipes
 from megasora.checkpoint.source import open_source
 from megasora.config.errors import UserError
 from megasora.config.io import load_yaml
-from megasora.config.schema import ConditionConfig, InitConfig, RunConfig
+from megasora.config.schema import ConditionConfig, InitConfig, RunConfig, Sharing, SlabAxis
 from megasora.config.validate import problems
 from megasora.data.decoding.writer import write_picture
 from megasora.inference.requests import Common
 from megasora.inference.sample import Wanted, run_sample
+from megasora.inference.sampler import Sampler
 from megasora.models.autoencoders.choice import load_autoencoder
 from megasora.training.encode.run import run_encode
-from megasora.training.encode.settings import EncodeSettings
+from megasora.training.encode.settings import EncodeResult, EncodeSettings
 from megasora.training.material import DecodedClip
 from megasora.training.start import Start
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
@@ -152,8 +155,8 @@ def test_given_pictures_are_held_where_it_is_asked_for(run_dir: Path, pool: Rank
         assert any(problem.field == "encoders.hold_given" for problem in found)
 
 
-def encode_on_rank(rank: int, config: RunConfig, output: Path) -> None:
-    run_encode(config, EncodeSettings(output=output, samples_per_shard=4))
+def encode_on_rank(rank: int, config: RunConfig, output: Path) -> EncodeResult:
+    return run_encode(config, EncodeSettings(output=output, samples_per_shard=4))
 
 
 def test_a_cache_of_its_latents_gives_the_same_curve(run_dir: Path, pool: RankPool, tmp_path: Path) -> None:
@@ -166,3 +169,85 @@ def test_a_cache_of_its_latents_gives_the_same_curve(run_dir: Path, pool: RankPo
     cut = replace(cached, encoders=replace(cached.encoders, tile_frames=0), run_dir=str(tmp_path / "cut"))
     with pytest.raises(RankFailedError, match="tile_frames is 16 in the cache and 0 in this run"):
         pool.run(1, train_on_rank, cut)
+
+
+def members_of(cache: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every member of every shard with tensors."""
+    found = {}
+    for path in sorted(cache.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".safetensors"):
+                    found[member.name] = safetensors.torch.load(tar.extractfile(member).read())  # type: ignore[union-attr]
+    return found
+
+
+@pytest.fixture(scope="module")
+def encoded_by_one(run_dir: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """The run's clips and one that does not decode, in tiles of one latent row, encoded by one rank."""
+    folder = tmp_path_factory.mktemp("encoded")
+    shutil.copytree(run_dir / "assets" / "clips", folder / "clips")
+    config = replace(load_yaml(run_dir / "config.yaml"), parallel=layout())
+    manifest = folder / "clips" / Path(str(config.data.manifest)).name
+    clip = sorted((folder / "clips").glob("*.mp4"))[0]
+    clip.write_bytes(clip.read_bytes()[:600])
+    config = replace(
+        config,
+        data=replace(config.data, manifest=str(manifest)),
+        encoders=replace(config.encoders, tile_frames=8, tile_overlap=0.5),
+    )
+    pool.run(1, encode_on_rank, config, folder / "one")
+    return config, folder / "one"
+
+
+@pytest.mark.parametrize(("parallel", "axis"), [("tiles", "time"), ("slabs", "time"), ("slabs", "height")])
+def test_two_ranks_encode_each_clip_together(
+    pool: RankPool, encoded_by_one: tuple[RunConfig, Path], tmp_path: Path, parallel: Sharing, axis: SlabAxis
+) -> None:
+    config, one = encoded_by_one
+    config = replace(config, encoders=replace(config.encoders, parallel=parallel, parallel_axis=axis))
+    results = pool.run(2, encode_on_rank, config, tmp_path / "two")
+    assert results[0] == results[1] and results[0].failed == 1 and results[0].made
+    theirs, ours = members_of(one), members_of(tmp_path / "two")
+    assert ours.keys() == theirs.keys() != set()
+    for name, tensors in theirs.items():
+        for key, tensor in tensors.items():
+            if parallel == "tiles" or "t5" in tensors:
+                assert torch.equal(ours[name][key], tensor)
+            torch.testing.assert_close(ours[name][key], tensor, rtol=1e-5, atol=1e-5)
+    assert not pool.run(2, encode_on_rank, config, tmp_path / "two")[1].made  # the same command finds it finished
+
+
+def test_ranks_that_would_share_nothing_are_refused(pool: RankPool, run_dir: Path, tmp_path: Path) -> None:
+    config = replace(load_yaml(run_dir / "config.yaml"), parallel=layout())
+    config = replace(config, encoders=replace(config.encoders, parallel="none"))
+    with pytest.raises(RankFailedError, match=r"2 ranks were started.*--encoders.parallel none"):
+        pool.run(2, encode_on_rank, config, tmp_path)
+
+
+def pixels_on_rank(rank: int, config: RunConfig, weights: str, image: str) -> torch.Tensor | None:
+    """A clip's pixels, on its first rank."""
+    encoders = {name: getattr(config.encoders, name) for name in ("vae", "t5", "clip")}
+    sampler = Sampler.load(weights, recipe=config, **encoders)
+    try:
+        return sampler.sample("A rabbit", image=image).video
+    finally:
+        sampler.session.close()
+
+
+def test_two_ranks_encode_and_decode_a_sampled_clip_together(pool: RankPool, run_dir: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    write_picture(picture, torch.linspace(-1, 1, 64).expand(3, 64, 64))
+    config = replace(load_yaml(run_dir / "config.yaml"), parallel=layout(cp=2))
+    config = replace(config, encoders=replace(config.encoders, tile_frames=0))
+    weights = str(run_dir / "checkpoints" / "step_00000003")
+    clips = {}
+    for parallel, axis in (("none", "time"), ("slabs", "time"), ("slabs", "height")):
+        shared = replace(config, encoders=replace(config.encoders, parallel=parallel, parallel_axis=axis))  # type: ignore[arg-type]
+        clips[parallel, axis], nothing = pool.run(2, pixels_on_rank, shared, weights, str(picture))
+        assert nothing is None
+    whole = clips.pop(("none", "time"))
+    assert whole.shape == (3, 17, 64, 64)
+    for clip in clips.values():
+        torch.testing.assert_close(clip, whole, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(clip, whole)  # it did go another way

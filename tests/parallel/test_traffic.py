@@ -49,11 +49,13 @@ class CountBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
             sizes = [x.numel() * x.element_size() for x in tree_iter(args) if isinstance(x, torch.Tensor)]
+            self.calls[name] += 1
             self.bytes[name] += sum(sizes) if "coalesced" in name else max(sizes, default=0)
         return func(*args, **(kwargs or {}))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule, is_frame_count, latent_frames, nearest_frame_count
+from megasora.config.schema import Sharing, SlabAxis
 from megasora.models.autoencoders.posterior import Posterior
 from megasora.models.autoencoders.tiling import Cut, Tiling, tiled
 
@@ -88,6 +89,14 @@ class Network(Protocol):
         """Pixels in [-1, 1], not clamped, of a latent that is not scaled."""
         ...
 
+    def in_slabs(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> Network:
+        """The same network, equal up to rounding, with each clip or tile over the ranks of a group, which make the same calls.
+
+        Raises:
+            UserError: it cannot be split so.
+        """
+        ...
+
 
 class Autoencoder:
     """One whole sample per call, so that a latent never depends on what else was in the batch.
@@ -96,10 +105,23 @@ class Autoencoder:
         network: its networks; they are frozen here.
         tiling: how larger clips are cut; None takes every clip whole.
         scaling_factor: instead of the network's own.
+        sharing: how the ranks of a group, where one is given, share out a clip.
+        axis: what slabs are of.
     """
 
-    def __init__(self, network: Network, *, tiling: Tiling | None, scaling_factor: float | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        *,
+        tiling: Tiling | None,
+        scaling_factor: float | None = None,
+        sharing: Sharing = "tiles",
+        axis: SlabAxis = "time",
+    ) -> None:
         self.network, self.tiling, self.facts = network, tiling, network.facts
+        self.sharing: Sharing = sharing
+        self.axis: SlabAxis = axis
+        self._slabbed: tuple[dist.ProcessGroup, Network] | None = None
         self.module = network.module.eval().requires_grad_(False)
         self.scaling_factor = network.facts.scaling_factor if scaling_factor is None else scaling_factor
 
@@ -131,25 +153,37 @@ class Autoencoder:
         return f"{facts.name} {compression}, {facts.latent_channels} channels, {order}; {cut}; {self.dtype}"
 
     @torch.no_grad()
-    def posterior(self, video: Float[Tensor, "3 T H W"]) -> Posterior:
+    def posterior(self, video: Float[Tensor, "3 T H W"], *, group: dist.ProcessGroup | None = None) -> Posterior:
         """Latent distribution of a clip in [-1, 1], not scaled.
 
+        Args:
+            video: on every rank of the group.
+            group: ranks that share out the clip as `sharing` says: the bits of one rank with tiles, equal up to rounding in slabs. All of
+                them get the result.
+
         Raises:
-            UserError: a number of frames or pixels that it does not take.
+            UserError: a number of frames or pixels that it does not take, or slabs of a network that cannot be split so.
         """
         assert video.is_floating_point(), "pixels are normalised to [-1, 1] before they are encoded"  # levels would pass unnoticed
         self.facts.refuse(*video.shape[-3:])
         pixels = video[None].to(self.device, self.dtype)
         cut = self.cut(*video.shape[-3:])
+        network = self._network_over(group)
         if cut is None:
-            return self.network.posterior(self.network.moments(pixels))
-        moments = tiled(pixels, self.network.moments, cut=cut)
-        assert moments is not None  # no group: it is computed here
-        return self.network.posterior(moments)
+            return network.posterior(network.moments(pixels))
+        dealt = group if self.sharing == "tiles" else None
+        moments = tiled(pixels, network.moments, cut=cut, group=dealt)
+        found = None if moments is None else network.posterior(moments)
+        return self._told(found, self.facts.latent_shape(*video.shape[-3:]), dealt)
 
-    def encode(self, video: Float[Tensor, "3 T H W"], *, noise: Tensor | None = None) -> Float[Tensor, "C t h w"]:
-        """Scaled latent of a clip in [-1, 1]: the posterior mean, or mean + std x noise when noise [C, t, h, w] is given."""
-        posterior = self.posterior(video)
+    def encode(
+        self, video: Float[Tensor, "3 T H W"], *, noise: Tensor | None = None, group: dist.ProcessGroup | None = None
+    ) -> Float[Tensor, "C t h w"]:
+        """Scaled latent of a clip in [-1, 1]: the posterior mean, or mean + std x noise when noise [C, t, h, w] is given.
+
+        The group shares out the clip and gets the result, as in `posterior`.
+        """
+        posterior = self.posterior(video, group=group)
         latent = posterior.mean if noise is None else posterior.with_noise(noise)
         return (latent - self.facts.shift_factor) * self.scaling_factor
 
@@ -161,19 +195,42 @@ class Autoencoder:
 
         Args:
             latent: on every rank of the group.
-            group: ranks that share out the tiles, bit for bit what one rank alone makes of them.
+            group: ranks that share out the clip as `sharing` says: the bits of one rank with tiles, equal up to rounding in slabs.
             to: rank within the group that gets the clip; the others get None.
         """
         z = (latent[None] / self.scaling_factor + self.facts.shift_factor).to(self.device, self.dtype)
         facts = self.facts
         cut = self.cut(latent.shape[-3] * facts.temporal_compression, *(side * facts.spatial_compression for side in latent.shape[-2:]))
-        if cut is not None:
-            video = tiled(z, self.network.pixels, cut=cut.inverse(), group=group, to=to)
-        elif group is None or group.rank() == to:
-            video = self.network.pixels(z)
-        else:
-            video = None
-        return None if video is None else video[0]
+        network, dealt = self._network_over(group), cut is not None and self.sharing == "tiles"
+        receives = group is None or group.rank() == to
+        video: Tensor | None = None
+        if receives or dealt or network is not self.network:
+            video = network.pixels(z) if cut is None else tiled(z, network.pixels, cut=cut.inverse(), group=group if dealt else None, to=to)
+        return video[0] if receives and video is not None else None
+
+    def in_slabs(self, group: dist.ProcessGroup) -> Network:
+        """Its network with each clip in slabs over the ranks of a group; all of them make the same calls, this one included.
+
+        Raises:
+            UserError: it cannot be split so.
+        """
+        if self._slabbed is None or self._slabbed[0] is not group:
+            self._slabbed = group, self.network.in_slabs(group, axis=self.axis)
+        return self._slabbed[1]
+
+    def _network_over(self, group: dist.ProcessGroup | None) -> Network:
+        return self.network if group is None or group.size() == 1 or self.sharing != "slabs" else self.in_slabs(group)
+
+    def _told(self, posterior: Posterior | None, shape: tuple[int, ...], group: dist.ProcessGroup | None) -> Posterior:
+        """The posterior that the group's first rank has, on all of its ranks."""
+        if group is None or group.size() == 1:
+            assert posterior is not None
+            return posterior
+        both = torch.empty((2, *shape), dtype=self.dtype, device=self.device)
+        if posterior is not None:
+            torch.stack([posterior.mean, posterior.std], out=both)
+        dist.broadcast(both, dist.get_global_rank(group, 0), group=group)
+        return Posterior(mean=both[0], std=both[1])
 
     def cut(self, num_frames: int, height: int, width: int) -> Cut | None:
         """How a clip of this size is cut for encoding; None where it is not."""

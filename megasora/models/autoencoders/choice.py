@@ -48,7 +48,13 @@ def load_autoencoder(config: EncodersConfig, *, device: torch.device, dtype: tor
     """
     folder = Path(str(config.vae))
     kind, _ = _kind_of(folder)
-    autoencoder = Autoencoder(kind.load(folder, dtype=dtype), tiling=Tiling.of(config), scaling_factor=config.scaling_factor)
+    autoencoder = Autoencoder(
+        kind.load(folder, dtype=dtype),
+        tiling=Tiling.of(config),
+        scaling_factor=config.scaling_factor,
+        sharing=config.parallel,
+        axis=config.parallel_axis,
+    )
     autoencoder.to(device)
     return autoencoder
 

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from megasora.config.errors import UserError
+from megasora.config.schema import SlabAxis
 from megasora.models.autoencoders.autoencoder import AutoencoderFacts
+from megasora.models.autoencoders.hunyuan_slabs import HunyuanSlab
 from megasora.models.autoencoders.posterior import Posterior
+from megasora.models.autoencoders.slabs import SlabbedNetwork
 
 CLASS_NAME = "AutoencoderKLHunyuanVideo"
 
@@ -80,3 +84,23 @@ class HunyuanNetwork:
         """[1, 3, T, H, W] of a latent."""
         video: Tensor = self.module.decoder(self.module.post_quant_conv(z))
         return video
+
+    def in_slabs(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> SlabbedNetwork:
+        """The same network with each clip or tile over the ranks of a group.
+
+        Raises:
+            UserError: slabs of time.
+        """
+        if axis == "time":
+            raise UserError(
+                f"{CLASS_NAME} is not split in time (frame 0 stands alone in every layer); use --encoders.parallel_axis height, or "
+                "--encoders.parallel tiles"
+            )
+        module = self.module
+        return SlabbedNetwork(
+            self,
+            moments=lambda pixels, slab: HunyuanSlab(module, slab.slabs).moments(pixels),
+            pixels=lambda z, slab: HunyuanSlab(module, slab.slabs).pixels(z),
+            group=group,
+            axis=axis,
+        )

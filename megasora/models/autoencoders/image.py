@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from megasora.config.errors import UserError
-from megasora.models.autoencoders.autoencoder import Autoencoder, AutoencoderFacts
+from megasora.config.schema import SlabAxis
+from megasora.models.autoencoders.autoencoder import Autoencoder, AutoencoderFacts, Network
 from megasora.models.autoencoders.posterior import Posterior
 
 CLASS_NAME = "AutoencoderKL"
@@ -87,6 +89,10 @@ class ImageNetwork:
         frames = z[0].movedim(1, 0)
         pictures: Tensor = self.module.decoder(frames if self.module.post_quant_conv is None else self.module.post_quant_conv(frames))
         return pictures.movedim(0, 1)[None]
+
+    def in_slabs(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> Network:
+        """Refused: a picture fits one rank."""
+        raise UserError(f"{CLASS_NAME} is of pictures, which are not split over ranks; use --encoders.parallel none for it")
 
 
 def load_image_autoencoder(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> Autoencoder:

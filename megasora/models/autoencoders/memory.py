@@ -6,8 +6,11 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from megasora.config.errors import UserError
+from megasora.config.schema import SlabAxis
 from megasora.models.autoencoders.autoencoder import Autoencoder, AutoencoderFacts, Network
 from megasora.models.autoencoders.posterior import Posterior
 from megasora.perf.allocations import Allocations
@@ -69,6 +72,9 @@ class _TilesOnce:
 
     def pixels(self, z: Tensor) -> Tensor:
         return self._once("pixels", self.network.pixels, z)
+
+    def in_slabs(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> Network:
+        raise UserError("memory is counted of one rank: ask for a clip or tile of its slab's size")
 
     def _once(self, way: str, through: Callable[[Tensor], Tensor], tile: Tensor) -> Tensor:
         counted, size = self.counted, (way, tile.shape)

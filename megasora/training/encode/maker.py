@@ -18,6 +18,7 @@ from megasora.diffusion.conditions import GivenFrames
 from megasora.diffusion.philox import Stream, key_of, uniform
 from megasora.models.autoencoders.posterior import Posterior
 from megasora.models.encoders.bundle import Encoders
+from megasora.training.encode.clip_ranks import ClipRanks
 from megasora.training.encode.plan import EncodePlan
 from megasora.training.encode.settings import OnProgress
 
@@ -30,15 +31,16 @@ class ShardMaker:
         folder: of the cache.
         encoders: those that the plan needs.
         decoder: of the clips; None when only text is stored.
+        ranks: that encode each clip together.
     """
 
-    def __init__(self, plan: EncodePlan, folder: Path, *, encoders: Encoders, decoder: Decoder | None) -> None:
-        self.plan, self.folder, self.encoders = plan, folder, encoders
+    def __init__(self, plan: EncodePlan, folder: Path, *, encoders: Encoders, decoder: Decoder | None, ranks: ClipRanks) -> None:
+        self.plan, self.folder, self.encoders, self.ranks = plan, folder, encoders, ranks
         self._decoder = decoder
         self.failed = self.bytes_written = 0
 
     def make(self, shards: Sequence[int], *, on_progress: OnProgress | None) -> None:
-        """Write shards in order; clips of the next are decoded while one is written."""
+        """Write shards in order, on the first rank; clips of the next are decoded while one is written."""
         total = sum(len(self.plan.samples_of(shard)) for shard in shards)
         done = 0
         videos = self._videos(sample for shard in shards for sample in self.plan.samples_of(shard))
@@ -54,6 +56,13 @@ class ShardMaker:
                 self._count(shard, facts)
         finally:
             videos.close()
+
+    def follow(self, shards: Sequence[int]) -> None:
+        """Take part in the autoencoder's work on every clip that the first rank writes."""
+        for sample in (sample for shard in shards for sample in self.plan.samples_of(shard)):
+            video = self.ranks.told(None)
+            if isinstance(video, Tensor):
+                self._latents(sample, self.plan.clips[sample], normalise(video))
 
     def _count(self, shard: int, facts: ShardFacts) -> None:
         self.failed += facts.failed
@@ -83,6 +92,7 @@ class ShardMaker:
 
     def _write(self, writer: ShardWriter, sample: int, video: Decoded | None) -> None:
         clip = self.plan.clips[sample]
+        video = self.ranks.told(video)
         if isinstance(video, DecodeError):
             writer.fail(sample, clip, str(video))
             return
@@ -121,7 +131,7 @@ class ShardMaker:
         elements = 0
         for run in whole:
             part = video if run is None else video[:, run.start : run.start + run.count]
-            posterior = self.encoders.vae.posterior(part)
+            posterior = self.encoders.vae.posterior(part, group=self.ranks.group)
             names = latent_names(settings.latents, None if run is None else (run.start, run.count))
             result.update(zip(names, self._parts_of(posterior, sample, elements), strict=True))
             elements += posterior.mean.numel()

@@ -24,7 +24,7 @@ from megasora.data.decoding.choice import open_decoder
 from megasora.data.decoding.contract import Decoder
 from megasora.data.manifest import read_manifest
 from megasora.models.encoders.bundle import load_encoders
-from megasora.parallel import groups
+from megasora.training.encode.clip_ranks import ClipRanks
 from megasora.training.encode.maker import ShardMaker
 from megasora.training.encode.plan import EncodePlan, plan_encode
 from megasora.training.encode.record import CacheRecord
@@ -43,27 +43,58 @@ def run_encode(
     Args:
         config: the run that will train; tiny makes its own clips and encoders in the folder when none are given.
         settings: what is stored, and where.
-        on_progress: told about every finished clip.
-        on_start: told the size before anything is decoded.
+        on_progress: told about every finished clip, on the first of a task's ranks.
+        on_start: told the size before anything is decoded, on the first of a task's ranks.
+
+    Returns:
+        The same on all ranks of a task.
 
     Raises:
         UserError: settings, files, disk or an earlier cache in the folder do not allow it.
     """
-    started = time.monotonic()
-    task, tasks = task_of(settings.shard, os.environ)
+    ranks = ClipRanks.start(config, shares=settings.store != "text" and config.encoders.parallel != "none")
     folder = settings.output
     with _file_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        plan = plan_encode(_with_tiny_assets(config, folder=folder / "assets"), settings)
-        if on_start is not None:
-            on_start(plan.size)
-        own = range(task, plan.settings.num_shards, tasks)
-        remove_leftovers(folder, own)
-        record = CacheRecord(plan, folder)
-        todo = [shard for shard in own if not record.is_finished(shard, verify=settings.verify)]
-        failed, bytes_written = _make(plan, folder, record, todo, on_progress=on_progress) if todo else (0, 0)
-        others = [shard for shard in range(plan.settings.num_shards) if shard % tasks != task]
-        missing = tuple(shard for shard in others if not (folder / f"{shard_name(shard)}.json").exists())
+        if ranks.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+        config = ranks.agreed(lambda: _with_tiny_assets(config, folder=folder / "assets"))
+        plan = plan_encode(config, settings)
+        if ranks.leads:
+            return ranks.agreed(lambda: _lead(plan, settings, ranks, on_progress=on_progress, on_start=on_start))
+        _follow(plan, ranks)
+    result: EncodeResult | None = ranks.agreed(lambda: None)
+    assert result is not None, "the first rank has it"
+    return result
+
+
+def _follow(plan: EncodePlan, ranks: ClipRanks) -> None:
+    """Do what another rank than the first does."""
+    todo: list[int] | None = ranks.agreed(lambda: None)
+    if todo:
+        encoders = load_encoders(plan.config.encoders, model=plan.config.model, device=ranks.device, parts=("vae",))
+        ShardMaker(plan, Path(), encoders=encoders, decoder=None, ranks=ranks).follow(todo)
+
+
+def _lead(
+    plan: EncodePlan,
+    settings: EncodeSettings,
+    ranks: ClipRanks,
+    *,
+    on_progress: OnProgress | None,
+    on_start: Callable[[CacheSize], None] | None,
+) -> EncodeResult:
+    """Do what a task's first rank does."""
+    started, folder = time.monotonic(), settings.output
+    task, tasks = task_of(settings.shard, os.environ)
+    if on_start is not None:
+        on_start(plan.size)
+    own = range(task, plan.settings.num_shards, tasks)
+    remove_leftovers(folder, own)
+    record = CacheRecord(plan, folder)
+    todo = ranks.agreed(lambda: [shard for shard in own if not record.is_finished(shard, verify=settings.verify)])
+    failed, bytes_written = _make(plan, folder, record, todo, ranks=ranks, on_progress=on_progress) if todo else (0, 0)
+    others = [shard for shard in range(plan.settings.num_shards) if shard % tasks != task]
+    missing = tuple(shard for shard in others if not (folder / f"{shard_name(shard)}.json").exists())
     return EncodeResult(
         output=str(folder),
         size=plan.size,
@@ -78,18 +109,20 @@ def run_encode(
     )
 
 
-def _make(plan: EncodePlan, folder: Path, record: CacheRecord, shards: Sequence[int], *, on_progress: OnProgress | None) -> tuple[int, int]:
+def _make(
+    plan: EncodePlan, folder: Path, record: CacheRecord, shards: Sequence[int], *, ranks: ClipRanks, on_progress: OnProgress | None
+) -> tuple[int, int]:
     """Load what encodes and make the shards; returns (failed clips, bytes written)."""
     _refuse_full_disk(folder, sum(plan.size.shard_bytes[shard] for shard in shards))
     config = plan.config
-    device = groups.choose_device(config.device)
+    device = ranks.device
     decoder: Decoder | None = None
     if plan.settings.has_latents:
         data = config.data
         decoder = open_decoder(data.decoder, device=device, workers=data.decode_workers, timeout_s=data.decode_timeout_s)
     encoders = load_encoders(config.encoders, model=config.model, device=device, parts=plan.encoders_needed)
     record.begin(encoders, decoder=None if decoder is None else decoder.identity)
-    maker = ShardMaker(plan, folder, encoders=encoders, decoder=decoder)
+    maker = ShardMaker(plan, folder, encoders=encoders, decoder=decoder, ranks=ranks)
     maker.make(shards, on_progress=on_progress)
     return maker.failed, maker.bytes_written
 
@@ -113,7 +146,7 @@ def _file_errors(folder: Path) -> Iterator[None]:
 
 
 def _with_tiny_assets(config: RunConfig, *, folder: Path) -> RunConfig:
-    """The config with the clips and encoders that `megasora train tiny` would make, where it leaves them open."""
+    """The config with the clips and encoders that `megasora train tiny` would make in this folder, where it leaves them open."""
     if config.recipe != "tiny":
         return config
     from megasora.data.tiny_clips import make_tiny_clips

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from megasora.cli.endings import Answer, file_errors, lines
+from megasora.cli.endings import Answer, file_errors, lines, rank
 from megasora.cli.progress import row_bar
 from megasora.cli.recipe_arguments import RecipeArgs, config_defaults
 from megasora.config.io import to_dict
@@ -31,8 +31,8 @@ def defaults(words: Sequence[str]) -> Mapping[str, Any]:
     return config_defaults(words, command="data encode")
 
 
-def run(args: Args) -> Answer:
-    """Write this task's shards."""
+def run(args: Args) -> Answer | None:
+    """Write this task's shards; under torchrun its ranks share out each clip."""
     from megasora.training.encode.run import run_encode
 
     interrupted = f"interrupted; finished shards are kept in {args.settings.output}: the same command goes on"
@@ -43,7 +43,7 @@ def run(args: Args) -> Answer:
             on_start=lambda size: None if args.json else print(size.line),
             on_progress=lambda done, total, _: bar.update(done, total, 0),
         )
-    return Answer(data=to_dict(result), show=lines(_lines(result)))
+    return Answer(data=to_dict(result), show=lines(_lines(result))) if rank() == 0 else None
 
 
 def _lines(result: Any) -> list[str]:

@@ -5,6 +5,8 @@ No position, no causality. Source: opensora/models/dc_ae/models/nn/ops.py (LiteM
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from megasora.models.autoencoders.dc_ae.convolution import Convolution
 from megasora.models.autoencoders.dc_ae.layers import ConvNormAct
+from megasora.models.autoencoders.surroundings import WHOLE, Surroundings
 
 EPS = 1e-15
 """Added to the sum of the kernels before it divides."""
@@ -33,33 +36,39 @@ class LiteMLA(nn.Module):
         heads = channels // head_dim
         self.qkv = ConvNormAct(Convolution(channels, 3 * channels, kernel=1))
         neighbours = Convolution(3 * channels, 3 * channels, kernel=AGGREGATION_KERNEL, groups=3 * channels)
-        self.aggreg = nn.ModuleList([nn.Sequential(neighbours, Convolution(3 * channels, 3 * channels, kernel=1, groups=3 * heads))])
+        self.aggreg = nn.ModuleList([nn.ModuleList([neighbours, Convolution(3 * channels, 3 * channels, kernel=1, groups=3 * heads)])])
         self.proj = ConvNormAct(Convolution(2 * channels, channels, kernel=1), norm=True)
 
-    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
+    def forward(self, x: Float[Tensor, "B C T H W"], surroundings: Surroundings) -> Float[Tensor, "B C T H W"]:
         """What is added to x."""
-        qkv = self.qkv(x)
-        scales = torch.cat([qkv, *(scale(qkv) for scale in self.aggreg)], dim=1)
-        attended: Tensor = self.proj(linear_attention(scales, head_dim=self.head_dim).to(x.dtype))
+        qkv = self.qkv(x, surroundings)
+        neighbourhoods = qkv
+        for convolution in cast(nn.ModuleList, self.aggreg[0]):
+            neighbourhoods = convolution(neighbourhoods, surroundings)
+        scales = torch.cat([qkv, neighbourhoods], dim=1)
+        attended: Tensor = self.proj(linear_attention(scales, surroundings, head_dim=self.head_dim).to(x.dtype), surroundings)
         return attended
 
 
-def linear_attention(qkv: Float[Tensor, "B heads_3K T H W"], *, head_dim: int) -> Float[Tensor, "B heads_K T H W"]:
+def linear_attention(
+    qkv: Float[Tensor, "B heads_3K T H W"], surroundings: Surroundings = WHOLE, *, head_dim: int
+) -> Float[Tensor, "B heads_K T H W"]:
     """(v k^T) q over all places of all frames, divided by (1 k^T) q; fp32 where the input has half the digits.
 
     Args:
         qkv: channels of each head one after another: its K of q, of k, of v.
+        surroundings: places that are not here.
         head_dim: K.
     """
     batch, _, *grid = qkv.shape
     if qkv.dtype == torch.float16:
         qkv = qkv.float()  # the sums outgrow it
     q, k, v = qkv.reshape(batch, -1, 3 * head_dim, grid[0] * grid[1] * grid[2]).split(head_dim, dim=2)
-    out = keys_and_values(F.relu(k), v) @ F.relu(q)
+    out = surroundings.total(keys_and_values(F.relu(k), v)) @ F.relu(q)
     out = out.float() if out.dtype == torch.bfloat16 else out
     return (out[:, :, :-1] / (out[:, :, -1:] + EPS)).reshape(batch, -1, *grid)
 
 
 def keys_and_values(k: Float[Tensor, "B heads K N"], v: Float[Tensor, "B heads K N"]) -> Float[Tensor, "B heads K1 K"]:
-    """Sum over all N places of v k^T, with the sum of k as its last row: the only thing one place learns of all others."""
+    """Sum over N places of v k^T, with the sum of k as its last row; over all places, it is the only thing one learns of all others."""
     return F.pad(v, (0, 0, 0, 1), value=1.0) @ k.transpose(-1, -2)

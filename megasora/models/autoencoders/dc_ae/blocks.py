@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megasora.models.autoencoders.dc_ae.attention import LiteMLA
 from megasora.models.autoencoders.dc_ae.convolution import Convolution
 from megasora.models.autoencoders.dc_ae.layers import ConvNormAct, Residual
+from megasora.models.autoencoders.surroundings import Surroundings
 
 EXPANSION = 4
 """Channels of a gated convolution, and as many of its gate, per channel of the block (EfficientViTBlock: expand_ratio)."""
@@ -25,9 +26,9 @@ class ResBlock(nn.Module):
         self.conv1 = ConvNormAct(Convolution(channels, channels, bias=True), act="silu")
         self.conv2 = ConvNormAct(Convolution(channels, channels), norm=True)
 
-    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
+    def forward(self, x: Float[Tensor, "B C T H W"], surroundings: Surroundings) -> Float[Tensor, "B C T H W"]:
         """What is added to x."""
-        made: Tensor = self.conv2(self.conv1(x))
+        made: Tensor = self.conv2(self.conv1(x, surroundings), surroundings)
         return made
 
 
@@ -41,10 +42,10 @@ class GLUMBConv(nn.Module):
         self.depth_conv = ConvNormAct(Convolution(wide, wide, groups=wide, bias=True))
         self.point_conv = ConvNormAct(Convolution(wide // 2, channels, kernel=1), norm=True)
 
-    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
+    def forward(self, x: Float[Tensor, "B C T H W"], surroundings: Surroundings) -> Float[Tensor, "B C T H W"]:
         """What is added to x."""
-        value, gate = self.depth_conv(self.inverted_conv(x)).chunk(2, dim=1)
-        made: Tensor = self.point_conv(value * F.silu(gate))
+        value, gate = self.depth_conv(self.inverted_conv(x, surroundings), surroundings).chunk(2, dim=1)
+        made: Tensor = self.point_conv(value * F.silu(gate), surroundings)
         return made
 
 
@@ -56,7 +57,7 @@ class EfficientViTBlock(nn.Module):
         self.context_module = Residual(LiteMLA(channels, head_dim=head_dim))
         self.local_module = Residual(GLUMBConv(channels))
 
-    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
+    def forward(self, x: Float[Tensor, "B C T H W"], surroundings: Surroundings) -> Float[Tensor, "B C T H W"]:
         """The block's output."""
-        made: Tensor = self.local_module(self.context_module(x))
+        made: Tensor = self.local_module(self.context_module(x, surroundings), surroundings)
         return made

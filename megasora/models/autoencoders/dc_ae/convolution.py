@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from megasora.models.autoencoders.surroundings import Lengths, Surroundings
+
 INDEX_LIMIT = 2**31
 """Elements of a tensor that torch's convolutions index with 32 bits (Open-Sora models/vae/utils.py, ChannelChunkConv3d)."""
 
@@ -43,28 +45,38 @@ class Convolution(nn.Conv3d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B D t h w"]:
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "B C T H W"], surroundings: Surroundings
+    ) -> Float[Tensor, "B D t h w"]:
         """Convolved; a clip whose tensors outgrow 32-bit indices goes through in runs of frames, with the same result."""
-        return in_runs(self, x, limit=INDEX_LIMIT)
+        stride: Lengths = (self.stride[0], self.stride[1], self.stride[2])
+        side = self.kernel_size[0]
+        x, padding = surroundings.reached(x, kernel=(side, side, side), stride=stride)
+        return in_runs(self, x, padding=padding, limit=INDEX_LIMIT)
 
 
-def in_runs(layer: nn.Conv3d, x: Tensor, *, limit: int) -> Tensor:
+def in_runs(layer: nn.Conv3d, x: Tensor, *, padding: Lengths, limit: int) -> Tensor:
     """The layer's convolution, in as few runs of frames as keep every tensor below `limit` elements.
 
     A run reads the kernel's reach of frames beyond its own, so no sum is cut: each output frame is computed from the same numbers.
+
+    Args:
+        layer: whose weights, stride and groups are used.
+        x: with the neighbours that it has.
+        padding: zeros on both sides of time, height and width.
+        limit: elements.
     """
     weight, bias = layer.weight, layer.bias
-    reach, stride = layer.kernel_size[0] // 2, layer.stride[0]
-    frames = (x.shape[2] - 1) // stride + 1
+    kernel, stride, ahead = layer.kernel_size[0], layer.stride[0], padding[0]
+    frames = (x.shape[2] + 2 * ahead - kernel) // stride + 1
     per_frame = max(x[:, :, 0].numel() * stride, x[:, 0, 0].numel() * layer.out_channels // (layer.stride[1] * layer.stride[2]))
-    run = max(1, (limit - 1) // max(1, per_frame) - 2 * reach)
-    padding = (reach, *[side // 2 for side in layer.kernel_size[1:]])
+    run = max(1, (limit - 1) // max(1, per_frame) - kernel + 1)
     if run >= frames or x.numel() < limit and per_frame * frames < limit:
         return F.conv3d(x, weight, bias, layer.stride, padding, 1, layer.groups)
     parts: list[Tensor] = []
     for start in range(0, frames, run):
         stop = min(start + run, frames)
-        first, last = start * stride - reach, (stop - 1) * stride + reach + 1
+        first, last = start * stride - ahead, (stop - 1) * stride - ahead + kernel
         part = F.pad(x[:, :, max(0, first) : last], (0, 0, 0, 0, max(0, -first), max(0, last - x.shape[2])))
         parts.append(F.conv3d(part, weight, bias, layer.stride, (0, *padding[1:]), 1, layer.groups))
     return torch.cat(parts, dim=2)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from megasora.models.autoencoders.dc_ae.convolution import Convolution
 from megasora.models.autoencoders.dc_ae.norm import ChannelNorm
+from megasora.models.autoencoders.surroundings import Surroundings
+
+Shortcut = Callable[[Tensor, Surroundings], Tensor]
 
 
 class ConvNormAct(nn.Module):
@@ -27,9 +30,9 @@ class ConvNormAct(nn.Module):
         self.norm = ChannelNorm(conv.out_channels) if norm else None
         self.act = act
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
         """[B, C, T, H, W] -> [B, D, t, h, w]."""
-        x = self.conv(x)
+        x = self.conv(x, surroundings)
         if self.norm is not None:
             x = self.norm(x)
         return F.silu(x) if self.act == "silu" else x
@@ -38,15 +41,15 @@ class ConvNormAct(nn.Module):
 class Residual(nn.Module):
     """main(x) + shortcut(x); the shortcut has no parameters."""
 
-    def __init__(self, main: nn.Module, shortcut: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, main: nn.Module, shortcut: Shortcut | None = None) -> None:
         super().__init__()
         self.main = main
         self.shortcut = shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
         """The sum."""
-        made: Tensor = self.main(x)
-        return made + (x if self.shortcut is None else self.shortcut(x))
+        made: Tensor = self.main(x, surroundings)
+        return made + (x if self.shortcut is None else self.shortcut(x, surroundings))
 
 
 class OpList(nn.Module):
@@ -56,8 +59,8 @@ class OpList(nn.Module):
         super().__init__()
         self.op_list = nn.ModuleList(operations)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
         """Through all of them."""
         for operation in self.op_list:
-            x = operation(x)
+            x = operation(x, surroundings)
         return x

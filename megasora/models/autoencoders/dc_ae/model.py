@@ -5,9 +5,9 @@ Source: opensora/models/dc_ae/models/dc_ae.py (Encoder, Decoder, DCAE); tensor n
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +17,8 @@ from megasora.models.autoencoders.dc_ae.blocks import EfficientViTBlock, ResBloc
 from megasora.models.autoencoders.dc_ae.convolution import Convolution
 from megasora.models.autoencoders.dc_ae.layers import ConvNormAct, OpList, Residual
 from megasora.models.autoencoders.dc_ae.norm import ChannelNorm
-from megasora.models.autoencoders.dc_ae.resampling import averaged, down_step, duplicated, up_step
+from megasora.models.autoencoders.dc_ae.resampling import averaging, down_step, duplicating, up_step
+from megasora.models.autoencoders.surroundings import WHOLE, Surroundings
 
 Recompute = Literal["none", "stages"]
 
@@ -30,12 +31,12 @@ def stage_blocks(config: DCAEConfig, *, stage: int, depth: int) -> list[nn.Modul
     return [EfficientViTBlock(width, head_dim=config.head_dim) for _ in range(depth)]
 
 
-def _through(module: nn.Module, x: Tensor, recompute: Recompute) -> Tensor:
+def _through(module: nn.Module, x: Tensor, surroundings: Surroundings, recompute: Recompute) -> Tensor:
     """A stage; with recompute only its input is kept for the backward pass."""
     if recompute == "none" or not x.is_floating_point() or not _needs_gradient(module, x):
-        plain: Tensor = module(x)
+        plain: Tensor = module(x, surroundings)
         return plain
-    kept: Tensor = checkpoint(module, x, use_reentrant=False)
+    kept: Tensor = checkpoint(module, x, surroundings, use_reentrant=False)
     return kept
 
 
@@ -59,15 +60,24 @@ class Encoder(nn.Module):
             stages.append(OpList(operations))
         self.stages = nn.ModuleList(stages)
         out = OpList([ConvNormAct(Convolution(widths[-1], config.latent_channels, bias=True))])
-        self.project_out = Residual(out, partial(averaged, channels=config.latent_channels))
+        self.project_out = Residual(out, averaging(config.latent_channels))
 
-    def forward(self, pixels: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B C t h w"]:
+    def forward(self, pixels: Float[Tensor, "B 3 T H W"], surroundings: Surroundings = WHOLE) -> Float[Tensor, "B C t h w"]:
         """Latents, not scaled, of pixels in [-1, 1]."""
-        x = self.project_in(pixels)
+        x = self.project_in(pixels, surroundings)
         for stage in self.stages:
-            x = _through(stage, x, self.recompute)
-        latent: Tensor = _through(self.project_out, x, self.recompute)
+            x = _through(stage, x, surroundings, self.recompute)
+        latent: Tensor = _through(self.project_out, x, surroundings, self.recompute)
         return latent
+
+
+class _Exit(OpList):
+    """A norm and a ReLU, which look at one place each, then a convolution."""
+
+    def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
+        norm, _, convolution = self.op_list
+        made: Tensor = convolution(F.relu(norm(x)), surroundings)
+        return made
 
 
 class Decoder(nn.Module):
@@ -77,9 +87,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.recompute: Recompute = recompute
         widths = config.widths
-        self.project_in = Residual(
-            ConvNormAct(Convolution(config.latent_channels, widths[-1], bias=True)), partial(duplicated, channels=widths[-1])
-        )
+        self.project_in = Residual(ConvNormAct(Convolution(config.latent_channels, widths[-1], bias=True)), duplicating(widths[-1]))
         stages: list[nn.Module] = []
         for stage, depth in enumerate(config.decoder_depths):
             operations = stage_blocks(config, stage=stage, depth=depth)
@@ -87,14 +95,14 @@ class Decoder(nn.Module):
                 operations.insert(0, up_step(widths[stage + 1], widths[stage], temporal=config.halves_time(stage)))
             stages.append(OpList(operations))
         self.stages = nn.ModuleList(stages)
-        self.project_out = OpList([ChannelNorm(widths[0]), nn.ReLU(), ConvNormAct(Convolution(widths[0], 3, bias=True))])
+        self.project_out = _Exit([ChannelNorm(widths[0]), nn.ReLU(), ConvNormAct(Convolution(widths[0], 3, bias=True))])
 
-    def forward(self, latent: Float[Tensor, "B C t h w"]) -> Float[Tensor, "B 3 T H W"]:
+    def forward(self, latent: Float[Tensor, "B C t h w"], surroundings: Surroundings = WHOLE) -> Float[Tensor, "B 3 T H W"]:
         """Pixels in [-1, 1], not clamped, of latents that are not scaled."""
-        x = self.project_in(latent)
+        x = self.project_in(latent, surroundings)
         for stage in reversed(self.stages):
-            x = _through(stage, x, self.recompute)
-        pixels: Tensor = self.project_out(x)  # kept: losses differentiate at its last weight
+            x = _through(stage, x, surroundings, self.recompute)
+        pixels: Tensor = self.project_out(x, surroundings)  # kept: losses differentiate at its last weight
         return pixels
 
     @property
@@ -118,7 +126,9 @@ class VideoDCAE(nn.Module):
         self.encoder = Encoder(config, recompute=recompute)
         self.decoder = Decoder(config, recompute=recompute)
 
-    def forward(self, pixels: Float[Tensor, "B 3 T H W"]) -> tuple[Float[Tensor, "B 3 T H W"], Float[Tensor, "B C t h w"]]:
+    def forward(
+        self, pixels: Float[Tensor, "B 3 T H W"], surroundings: Surroundings = WHOLE
+    ) -> tuple[Float[Tensor, "B 3 T H W"], Float[Tensor, "B C t h w"]]:
         """(reconstruction, latent) of clips of 1 or 4k frames."""
-        latent: Tensor = self.encoder(pixels)
-        return self.decoder(latent), latent
+        latent: Tensor = self.encoder(pixels, surroundings)
+        return self.decoder(latent, surroundings), latent

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megasora.config.dc_ae import CLASS_NAME, WEIGHTS_FILE, DCAEConfig, parse_config, read_config
 from megasora.config.errors import UserError
+from megasora.config.schema import SlabAxis
 from megasora.models.autoencoders.autoencoder import AutoencoderFacts
 from megasora.models.autoencoders.dc_ae.model import VideoDCAE
 from megasora.models.autoencoders.posterior import Posterior
+from megasora.models.autoencoders.slabs import SlabbedNetwork
 
 
 class DCAENetwork:
@@ -67,6 +70,11 @@ class DCAENetwork:
         """[1, 3, T, H, W] of a latent."""
         video: Tensor = self.module.decoder(z)
         return video
+
+    def in_slabs(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> SlabbedNetwork:
+        """The same network with each clip over the ranks of a group; all of them call it together."""
+        encoder, decoder = self.module.encoder, self.module.decoder
+        return SlabbedNetwork(self, moments=encoder, pixels=decoder, group=group, axis=axis)
 
 
 def fill_from(module: VideoDCAE, file: Path, *, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ EPS = 1e-5
 
 
 class ChannelNorm(nn.Module):
-    """x / sqrt(mean(x^2) + EPS) x weight + bias over the channels; the mean is taken in fp32, the quotient cast back before the weight."""
+    """x / sqrt(mean(x^2) + EPS) x weight + bias over the channels; the mean in fp32 at least, the quotient cast back before the weight."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -26,7 +26,8 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
         """Normalised."""
-        scale = torch.sqrt(x.float().square().mean(dim=1, keepdim=True) + EPS)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.sqrt(wide.square().mean(dim=1, keepdim=True) + EPS)
         shape = (1, -1, 1, 1, 1)
         normalised: Tensor = (x / scale).to(x.dtype)
         return normalised * self.weight.view(shape) + self.bias.view(shape)

@@ -13,20 +13,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from megasora.models.autoencoders.dc_ae.convolution import Convolution
-from megasora.models.autoencoders.dc_ae.layers import ConvNormAct, Residual
+from megasora.models.autoencoders.dc_ae.layers import ConvNormAct, Residual, Shortcut
+from megasora.models.autoencoders.surroundings import Surroundings
 
 Factors = tuple[int, int, int]
 ONE: Factors = (1, 1, 1)
 
 
-def changes_time(x: Tensor, *, temporal: bool) -> bool:
-    """Whether a step changes the number of frames here: a temporal step does, but for a single frame, which stays one."""
-    return temporal and x.shape[2] != 1
+def changes_time(num_frames: int, *, temporal: bool) -> bool:
+    """Whether a step changes the number of frames of a clip: a temporal step does, but for a single frame, which stays one."""
+    return temporal and num_frames != 1
 
 
-def factors_at(x: Tensor, *, temporal: bool) -> Factors:
+def factors_at(x: Tensor, surroundings: Surroundings, *, temporal: bool) -> Factors:
     """Frames, rows and columns of a fine grid per one of the coarse grid, for a tensor on either side of a step."""
-    return (2 if changes_time(x, temporal=temporal) else 1, 2, 2)
+    return (2 if changes_time(surroundings.num_frames(x), temporal=temporal) else 1, 2, 2)
 
 
 def unshuffled(x: Float[Tensor, "B C T H W"], factors: Factors) -> Float[Tensor, "B D t h w"]:
@@ -65,12 +66,30 @@ def enlarged(x: Float[Tensor, "B C t h w"], factors: Factors) -> Float[Tensor, "
     return cells.reshape(batch, channels, t * ft, h * fh, w * fw)
 
 
-def _averaged_here(x: Tensor, *, channels: int, temporal: bool) -> Tensor:
-    return averaged(x, channels=channels, factors=factors_at(x, temporal=temporal))
+def _averaged_here(x: Tensor, surroundings: Surroundings, *, channels: int, temporal: bool) -> Tensor:
+    return averaged(x, channels=channels, factors=factors_at(x, surroundings, temporal=temporal))
 
 
-def _duplicated_here(x: Tensor, *, channels: int, temporal: bool) -> Tensor:
-    return duplicated(x, channels=channels, factors=factors_at(x, temporal=temporal))
+def _duplicated_here(x: Tensor, surroundings: Surroundings, *, channels: int, temporal: bool) -> Tensor:
+    return duplicated(x, channels=channels, factors=factors_at(x, surroundings, temporal=temporal))
+
+
+def _averaged_alike(x: Tensor, surroundings: Surroundings, *, channels: int) -> Tensor:
+    return averaged(x, channels=channels)
+
+
+def _duplicated_alike(x: Tensor, surroundings: Surroundings, *, channels: int) -> Tensor:
+    return duplicated(x, channels=channels)
+
+
+def averaging(channels: int) -> Shortcut:
+    """The shortcut to fewer channels of the same grid."""
+    return partial(_averaged_alike, channels=channels)
+
+
+def duplicating(channels: int) -> Shortcut:
+    """The shortcut to more channels of the same grid."""
+    return partial(_duplicated_alike, channels=channels)
 
 
 class _EnlargeConv(nn.Module):
@@ -81,8 +100,8 @@ class _EnlargeConv(nn.Module):
         self.temporal = temporal
         self.conv = ConvNormAct(Convolution(in_channels, out_channels, bias=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.conv(enlarged(x.contiguous(), factors_at(x, temporal=self.temporal)))
+    def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
+        made: Tensor = self.conv(enlarged(x.contiguous(), factors_at(x, surroundings, temporal=self.temporal)), surroundings)
         return made
 
 

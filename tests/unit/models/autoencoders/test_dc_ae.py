@@ -14,6 +14,7 @@ from megasora.models.autoencoders.dc_ae.attention import linear_attention
 from megasora.models.autoencoders.dc_ae.convolution import INDEX_LIMIT, Convolution, in_runs
 from megasora.models.autoencoders.dc_ae.model import VideoDCAE
 from megasora.models.autoencoders.dc_ae.norm import ChannelNorm
+from megasora.models.autoencoders.surroundings import WHOLE
 
 KEYS = Path(__file__).with_name("dc_ae_keys.txt")
 """Names and shapes of the released class (opensora/models/dc_ae, dc-ae-f32t4c128), in its order."""
@@ -157,7 +158,7 @@ def test_a_convolution_in_runs_of_frames_is_the_whole_one(stride: tuple[int, int
     x = noise(1, 4, frames, 8, 8)
     per_frame = 6 * 8 * 8
     for limit in (1, 3 * per_frame, 6 * per_frame, INDEX_LIMIT):
-        torch.testing.assert_close(in_runs(layer, x, limit=limit), layer(x), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(in_runs(layer, x, padding=(kernel // 2,) * 3, limit=limit), layer(x, WHOLE), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 8])
