@@ -40,15 +40,16 @@ def _vae(setup: Setup, frames: int, side: int) -> Row:
     try:
         from diffusers import AutoencoderKLHunyuanVideo
 
-        from megasora.models.encoders.vae import HunyuanVAE
+        from megasora.models.autoencoders.autoencoder import Autoencoder
+        from megasora.models.autoencoders.hunyuan import HunyuanNetwork
     except ImportError as error:
         raise LeftOutError(f"no {error.name}") from error
     size: dict[str, Any] = VAE_SMALL if setup.small else {}
-    vae = HunyuanVAE(_on_device(setup, lambda: AutoencoderKLHunyuanVideo(**size)), tiling=None)
+    vae = Autoencoder(HunyuanNetwork(_on_device(setup, lambda: AutoencoderKLHunyuanVideo(**size))), tiling=None)
     video = torch.rand(3, frames, side, side, device=setup.device) * 2 - 1
     times = timed(setup, lambda: vae.posterior(video), warm=1, repeats=5, seconds=10)
     median = statistics.median(times)
-    return {"dtype": str(vae.vae.dtype), "ms": 1e3 * median, "frames_per_s": frames / median, "peak_gib": _peak(setup)}
+    return {"dtype": str(vae.dtype), "ms": 1e3 * median, "frames_per_s": frames / median, "peak_gib": _peak(setup)}
 
 
 def _t5(setup: Setup, prompts: int, tokens: int) -> Row:

@@ -4,42 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from benchmarks.gpu.table import LeftOutError, Row
+from megasora.perf.timeline import Interval, busy, kind_of
 
-KINDS = (
-    ("communication", ("nccl",)),
-    ("attention", ("flash", "fmha", "sdpa", "attention", "cudnn_generated")),
-    ("GEMM", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "gemv", "splitk")),
-)
-"""Parts of kernels' names, lower case; the first kind that fits. All else is bound by memory: copies, norms, gates, rotations, sums."""
 MOST = 12
 """Kernels named one by one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """One kernel or copy; times in microseconds."""
-
-    name: str
-    start: float
-    stop: float
-
-
-def kind_of(name: str) -> str:
-    """Kind of a kernel by its name."""
-    lower = name.lower()
-    return next((kind for kind, parts in KINDS if any(part in lower for part in parts)), "memory-bound")
-
-
-def busy(intervals: Sequence[Interval]) -> float:
-    """Microseconds in which at least one of them ran."""
-    total, reached = 0.0, float("-inf")
-    for interval in sorted(intervals, key=lambda interval: interval.start):
-        total += max(0.0, interval.stop - max(interval.start, reached))
-        reached = max(reached, interval.stop)
-    return total
 
 
 def summarise(intervals: Sequence[Interval], *, steps: int) -> list[Row]:

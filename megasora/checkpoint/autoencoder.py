@@ -1,61 +1,136 @@
-"""The HunyuanVideo autoencoder's weights: the published file <-> diffusers' folder, checked against diffusers' class.
+"""Weights of an autoencoder, opened: which one it is, its sizes, and what is wrong with its tensors.
 
-Both use the same tensor names (diffusers scripts/convert_hunyuan_video_to_diffusers.py renames nothing in the autoencoder); some published
-files put `vae.` before every name. Hunyuan's own .pt is a pickle and is refused; Open-Sora v2 publishes the same tensors as safetensors.
+HunyuanVideo's has the same tensor names in its published file and in diffusers' folder (diffusers'
+scripts/convert_hunyuan_video_to_diffusers.py renames nothing in it); some published files put `vae.` before every name. Hunyuan's own .pt
+is a pickle and is refused; Open-Sora v2 publishes the same tensors as safetensors. The video DC-AE is one published file
+(F32T4C128_AE.safetensors) or our folder; its network of pictures is diffusers' AutoencoderDC.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megasora.checkpoint.export import Conversion
-from megasora.checkpoint.outputs import write_json
-from megasora.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter, stored_order
+from megasora.checkpoint.formats import dc_ae
+from megasora.checkpoint.safetensors_io import SafetensorsReader
 from megasora.checkpoint.tensors import TensorInfo
+from megasora.config.dc_ae import CLASS_NAME, DCAEConfig, read_config
 from megasora.config.errors import UserError
-from megasora.config.files import refuse_existing, written_whole
 
 PREFIX = "vae."
+HUNYUAN_CLASS = "AutoencoderKLHunyuanVideo"
+Kind = Literal["hunyuan", "dc-ae", "dc-ae-images"]
+Shapes = Mapping[str, tuple[int, ...]]
+TITLES: Mapping[Kind, str] = {
+    "hunyuan": "HunyuanVideo autoencoder",
+    "dc-ae": "video DC-AE",
+    "dc-ae-images": "DC-AE of pictures (AutoencoderDC)",
+}
 
 
-def looks_like_autoencoder(keys: Mapping[str, object]) -> bool:
-    """Whether the tensors are a HunyuanVideo autoencoder's."""
-    return any(f"{prefix}encoder.conv_in.conv.weight" in keys and f"{prefix}post_quant_conv.weight" in keys for prefix in ("", PREFIX))
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSource:
+    """An opened autoencoder."""
+
+    path: Path
+    kind: Kind
+    reader: SafetensorsReader
+    names: dict[str, str]
+    """Plain tensor names -> the names they are stored under."""
+    facts: dict[str, Any]
+    """Its config.json; empty (the published sizes) for a bare file of HunyuanVideo's."""
+    sizes: DCAEConfig | None
+    """Of a DC-AE, also of one of pictures."""
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor by its plain name."""
+        return {name: self.reader.infos[key] for name, key in self.names.items()}
+
+    @property
+    def format(self) -> str:
+        """Its name for `convert`."""
+        folder = self.path.is_dir()
+        return {
+            "hunyuan": "diffusers-vae" if folder else "hunyuan-vae",
+            "dc-ae": "dc-ae" if folder else "hcae",
+            "dc-ae-images": "diffusers-dc-ae",
+        }[self.kind]
+
+    def problems(self) -> list[str]:
+        """What is missing, unknown or of another shape, in words."""
+        return differences(self.infos, self._expected())
+
+    def _expected(self) -> Shapes:
+        if self.kind == "hunyuan":
+            return hunyuan_shapes(self.facts)
+        assert self.sizes is not None
+        return dc_ae.tensor_shapes(self.sizes) if self.kind == "dc-ae" else dc_ae.image_tensors(self.sizes)[0]
 
 
-def configuration_of(path: Path) -> dict[str, Any]:
-    """The diffusers configuration beside the weights; empty (the published sizes) for a bare file.
+def kind_of(keys: Mapping[str, object]) -> Kind | None:
+    """Which autoencoder has these tensors; None for none that is known."""
+    if any(f"{prefix}encoder.conv_in.conv.weight" in keys and f"{prefix}post_quant_conv.weight" in keys for prefix in ("", PREFIX)):
+        return "hunyuan"
+    if "encoder.project_in.conv.weight" in keys:
+        return "dc-ae"
+    if "encoder.down_blocks.0.0.conv1.weight" in keys and "decoder.norm_out.weight" in keys:
+        return "dc-ae-images"
+    return None
+
+
+def open_autoencoder(path: Path, reader: SafetensorsReader | None = None) -> AutoencoderSource:
+    """Open a file or a folder.
 
     Raises:
-        UserError: it is no HunyuanVideo autoencoder's.
+        UserError: it is no autoencoder's, or its config.json is another's.
     """
+    reader = reader or SafetensorsReader(path)
+    kind = kind_of(reader.infos)
+    if kind is None:
+        raise UserError(f"{path} is no autoencoder that is known ({', '.join(TITLES.values())}): its tensors have other names")
+    facts, sizes = _facts_of(path), None
+    if kind == "hunyuan":
+        if facts and facts.get("_class_name") != HUNYUAN_CLASS:
+            raise UserError(f"{path / 'config.json'} is for {facts.get('_class_name')}, not {HUNYUAN_CLASS}")
+    elif kind == "dc-ae":
+        sizes = read_config(path) if facts else dc_ae.config_of_shapes({key: info.shape for key, info in reader.infos.items()})
+    else:
+        if facts.get("_class_name") != dc_ae.IMAGE_CLASS:
+            raise UserError(f"{path} needs the config.json of its {dc_ae.IMAGE_CLASS}; give the diffusers folder")
+        sizes = dc_ae.clip_config(facts, where=str(path / "config.json"))
+    prefix = PREFIX if kind == "hunyuan" else ""
+    names = {key.removeprefix(prefix): key for key in reader.infos}
+    return AutoencoderSource(path=path, kind=kind, reader=reader, names=names, facts=facts, sizes=sizes)
+
+
+def _facts_of(path: Path) -> dict[str, Any]:
+    """config.json beside the weights; empty for a bare file."""
     file = path / "config.json"
     if not path.is_dir() or not file.is_file():
         return {}
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        name = config.get("_class_name")
+        config.get("_class_name")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is no diffusers configuration: {error}") from error
-    if name != "AutoencoderKLHunyuanVideo":
-        raise UserError(f"{file} is for {name}, not AutoencoderKLHunyuanVideo")
+        raise UserError(f"{file} is no configuration ({CLASS_NAME} or diffusers'): {error}") from error
     return config
 
 
-def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the class, built without memory."""
+def hunyuan_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Name and shape of every tensor of diffusers' class, built without memory."""
     import torch
     from diffusers import AutoencoderKLHunyuanVideo
 
     with torch.device("meta"):
-        model = AutoencoderKLHunyuanVideo.from_config(dict(config) or {"_class_name": "AutoencoderKLHunyuanVideo"})
+        model = AutoencoderKLHunyuanVideo.from_config(dict(config) or {"_class_name": HUNYUAN_CLASS})
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
-def differences(infos: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+def differences(infos: Mapping[str, TensorInfo], expected: Shapes) -> list[str]:
     """What is missing, unknown or of another shape, in words."""
     found = [f"{key} is missing" for key in expected if key not in infos]
     found += [f"{key} is unknown" for key in infos if key not in expected]
@@ -64,40 +139,3 @@ def differences(infos: Mapping[str, TensorInfo], expected: Mapping[str, tuple[in
         for key, shape in expected.items()
         if key in infos and infos[key].shape != shape
     ]
-
-
-def export_autoencoder(source: Path, target: Path, *, target_format: Literal["hunyuan-vae", "diffusers-vae"] | str) -> Conversion:
-    """Write the autoencoder as one file (hunyuan-vae) or as diffusers' folder (diffusers-vae); bits do not change.
-
-    Raises:
-        UserError: the source is no complete HunyuanVideo autoencoder, or the target exists or has the wrong ending.
-    """
-    refuse_existing(target, cure="remove it or choose another name")
-    single = target_format == "hunyuan-vae"
-    if (target.suffix == ".safetensors") != single:
-        raise UserError(f"{target}: {target_format} is {'one file; end it in' if single else 'a folder; leave out'} .safetensors")
-    reader = SafetensorsReader(source)
-    if not looks_like_autoencoder(reader.infos):
-        raise UserError(f"{source} is no HunyuanVideo autoencoder: encoder.conv_in.conv or post_quant_conv is missing")
-    names = {key.removeprefix(PREFIX): key for key in reader.infos}
-    infos = {name: reader.infos[key] for name, key in names.items()}
-    config = configuration_of(source)
-    wrong = differences(infos, expected_shapes(config))
-    if wrong:
-        raise UserError(f"{source}: {len(wrong)} tensors do not fit AutoencoderKLHunyuanVideo, the first: {wrong[0]}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(target) as whole:
-        if not single:
-            whole.mkdir()
-            write_json(whole / "config.json", {"_class_name": "AutoencoderKLHunyuanVideo", **config})
-        file = whole if single else whole / "diffusion_pytorch_model.safetensors"
-        writer = SafetensorsWriter(file, {key: infos[key] for key in stored_order(infos)}, metadata={"format": "pt"})
-        for name, key in names.items():
-            writer.write(name, reader.rows(key))
-            reader.release(key)
-        writer.close()
-    lines = (
-        f"autoencoder -> {target_format}: {source} -> {target}",
-        f"{len(infos)} tensors, {sum(i.numel for i in infos.values()):,} parameters",
-    )
-    return Conversion(lines=lines, manifest={}, proof=None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megasora.checkpoint import manifests
-from megasora.checkpoint.autoencoder import PREFIX, configuration_of, differences, expected_shapes, looks_like_autoencoder
+from megasora.checkpoint.autoencoder import TITLES, kind_of, open_autoencoder
 from megasora.checkpoint.export import open_adapter
 from megasora.checkpoint.formats.lora import looks_like_adapter
 from megasora.checkpoint.megatron_io import MegatronReader, is_megatron_checkpoint
@@ -74,17 +74,10 @@ def describe(path: Path, *, tensors: bool = False) -> dict[str, Any]:
             "over": adapter.fmt,
             "ranks": ranks,
         }
-    if looks_like_autoencoder(reader.infos):
-        names = {key.removeprefix(PREFIX): info for key, info in reader.infos.items()}
-        wrong = differences(names, expected_shapes(configuration_of(path)))
-        return {
-            **facts,
-            "kind": "HunyuanVideo autoencoder",
-            "format": "diffusers-vae" if path.is_dir() else "hunyuan-vae",
-            "problems": wrong,
-        }
-    source = open_source(path)
-    return {**facts, "kind": "MMDiT weights", **_model(source)}
+    if kind_of(reader.infos) is not None:
+        source = open_autoencoder(path, reader)
+        return {**facts, "kind": TITLES[source.kind], "format": source.format, "problems": source.problems()}
+    return {**facts, "kind": "MMDiT weights", **_model(open_source(path))}
 
 
 def _stored(path: Path, infos: Mapping[str, TensorInfo], files: list[Path], tensors: bool) -> dict[str, Any]:

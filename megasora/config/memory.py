@@ -14,14 +14,16 @@ from functools import cache, partial
 from megasora.config.context_split import ulysses_factor
 from megasora.config.pack_tokens import FP8_ROW_MULTIPLE, PackTokens, fullest_pack
 from megasora.config.parameters import double_block_parameters, modulation_parameters, single_block_parameters
-from megasora.config.pipeline_split import chunk_blocks, chunk_lengths, stage_parameters
+from megasora.config.pipeline_split import chunk_blocks, chunk_lengths, rank_parameters
 from megasora.config.schema import ModelConfig, ParallelConfig, RunConfig
 
-TEMPORARIES = {"none": 4.5, "selective": 4.0, "full": 5.2}
-"""Gradients and temporaries of a block's backward pass beyond what it saved or computed again, in tensors [share, H] (measured by
-tests/memory with the kernels of a CPU)."""
-RING_TEMPORARIES = 14.5
-"""The same of ring attention: keys, values and their gradients in fp32, twice while they travel (measured by tests/memory)."""
+TEMPORARIES = {"none": 6.0, "selective": 3.0, "full": 7.0}
+"""Gradients and temporaries of a block's backward pass beyond what it saved or computed again, in tensors [share, H] (dry runs of blocks of
+the real widths: 6.02, 3.02, 7.03 for every TP)."""
+ULYSSES_TEMPORARIES = {**TEMPORARIES, "selective": 5.0}
+"""The same with Ulysses, which keeps queries, keys and values: selective recomputation then makes less again."""
+RING_TEMPORARIES = {"none": 24.3, "selective": 23.3, "full": 25.3}
+"""The same of ring attention: keys, values and their gradients in fp32, twice while they travel. Two less in a ring of two."""
 
 GPU_WORKSPACE = {"none": 2.5, "fp8": 5.0}
 """What kernels of a GPU need beyond that, in tensors [share, H]: attention's backward sums the gradient of the queries in fp32 (2), FP8
@@ -79,7 +81,7 @@ class MemoryEstimate:
 
 def model_state_bytes(config: RunConfig, *, world_size: int) -> float:
     """Bytes of weights, gradients, optimizer and EMA on the fullest rank; activations come on top."""
-    fullest = max(stage_parameters(config.model, config.parallel))
+    fullest = max(rank_parameters(config.model, config.parallel))
     return sum(_state_parts(config, fullest, world_size=world_size))
 
 
@@ -103,7 +105,7 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
     model, parallel = config.model, config.parallel
     pack = fullest_pack(config, world_size=world_size)
     tokens = share_tokens(config, pack)
-    weights, gradients, optimizer, ema = _state_parts(config, stage_parameters(model, parallel)[stage], world_size=world_size)
+    weights, gradients, optimizer, ema = _state_parts(config, rank_parameters(model, parallel)[stage], world_size=world_size)
     costs = [_chunk_bytes(config, stage, chunk, tokens, samples=pack.samples) for chunk in range(parallel.num_model_chunks)]
     activations, in_flight = peak_in_flight(
         costs, stage=stage, num_stages=parallel.pipeline_model_parallel_size, num_microbatches=pack.num_microbatches
@@ -133,14 +135,13 @@ def share_tokens(config: RunConfig, pack: PackTokens) -> int:
     )
 
 
-def _state_parts(config: RunConfig, parameters: float, *, world_size: int) -> tuple[float, float, float, float]:
-    """Weights, gradients, optimizer, EMA of a stage's parameters (facts: bf16 2 + fp32 gradients 4, fp32 master 4, moments 8, EMA 4).
+def _state_parts(config: RunConfig, own: float, *, world_size: int) -> tuple[float, float, float, float]:
+    """Weights, gradients, optimizer, EMA of a rank's parameters (facts: bf16 2 + fp32 gradients 4, fp32 master 4, moments 8, EMA 4).
 
     With ZeRO-1 an fp32 model is its own master. With ZeRO-2 weights are gathered beside sharded masters and stay; ZeRO-3 keeps the masters
     alone and gathers block by block (`_working_set`).
     """
     parallel = config.parallel
-    own = parameters / parallel.tensor_model_parallel_size
     shards = max(1, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
     weights = 0 if parallel.zero_stage == 3 else own * _number_bytes(config)
     gradients = own * 4 / (1 if parallel.zero_stage == 1 else shards)
@@ -269,16 +270,45 @@ def _working_set(config: RunConfig, stage: int, tokens: int, *, samples: int) ->
             kept = tokens * of_block(double, mode)
             again = tokens * of_block(double, "none") - kept
             weights = double_block_parameters(model) if double else single_block_parameters(model)
-            # a gradient in both formats; with ZeRO-3 this block's weights and the next's
-            gathered = weights / tp * {1: 0, 2: number + 4, 3: 3 * number + 4}[parallel.zero_stage]
-            worst = max(worst, again + TEMPORARIES[mode] * one + gathered - freed)
+            gathered = weights / tp * _gathered_bytes(config, mode)
+            at_attention = again + _temporaries(config, mode) * one
+            at_output = _at_output_projection(config, stage, mode, again=again, one=one) if tp > 1 and not double else 0.0
+            worst = max(worst, max(at_attention, at_output) + gathered - freed)
             freed += kept
-    if parallel.context_parallel_size > ulysses_size(config):
-        worst += RING_TEMPORARIES * one
     if parallel.pipeline_model_parallel_size > 1:
-        worst += 2 * one  # a gradient received, another on its way
-    tokens_of_all = (2 * tp - 1) * one if tp > 1 else 0.0  # a gathered input, and a product before it is scattered
-    return worst + tokens_of_all + _largest_weight(model) / tp * number
+        worst += (4 if parallel.num_model_chunks > 1 else 2) * one  # gradients received and on their way
+    return worst
+
+
+def _gathered_bytes(config: RunConfig, mode: str) -> float:
+    """Bytes beside the state for each of a block's parameters with ZeRO-2 and ZeRO-3, at the worst moment (dry runs).
+
+    That is at the first block to run backward, with its gradients (ZeRO-2) or its weights and the next block's (ZeRO-3). Where blocks keep
+    their inputs alone it is a later one, while the fp32 gradient of the block before it is on its way.
+    """
+    number, zero_stage = _number_bytes(config), config.parallel.zero_stage
+    if zero_stage == 1:
+        return 0.0
+    return float(number + 4 if mode == "full" else number * (zero_stage - 1))
+
+
+def _temporaries(config: RunConfig, mode: str) -> float:
+    """Of a block's attention, where its backward pass holds most."""
+    ulysses = ulysses_size(config)
+    ring = config.parallel.context_parallel_size // ulysses
+    if ring > 1:
+        return RING_TEMPORARIES[mode] - (2 if ring == 2 else 0)
+    return (ULYSSES_TEMPORARIES if ulysses > 1 else TEMPORARIES)[mode]
+
+
+def _at_output_projection(config: RunConfig, stage: int, mode: str, *, again: float, one: float) -> float:
+    """Bytes on top when `linear2` of a single block runs backward: the output's gradient gathered over TP, the input's, the weight's."""
+    model, parallel = config.model, config.parallel
+    h, tp = model.hidden_size, parallel.tensor_model_parallel_size
+    merged = (h + model.ffn_hidden_size) / h
+    remade = {"none": 0.0, "selective": (merged - (1 if ulysses_size(config) > 1 else 0)) * one, "full": again + one}[mode]
+    freed = 2 if stage == parallel.pipeline_model_parallel_size - 1 else 0  # the final layer's
+    return remade + (tp + merged - freed) * one + merged * h * h / tp * _number_bytes(config)
 
 
 def ulysses_size(config: RunConfig) -> int:
@@ -295,11 +325,6 @@ def ulysses_size(config: RunConfig) -> int:
 def _number_bytes(config: RunConfig) -> int:
     """Bytes of one activation."""
     return 4 if config.precision.dtype == "fp32" else 2
-
-
-def _largest_weight(model: ModelConfig) -> float:
-    """Numbers of the largest matrix, whose gradient exists beside the buffer it is added to."""
-    return float(model.hidden_size * (3 * model.hidden_size + model.ffn_hidden_size))
 
 
 def _fp8_weight_bytes(config: RunConfig, stage: int) -> float:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from megasora.config.errors import UserError
-from megasora.config.parameters import double_block_parameters, embedder_parameters, final_layer_parameters, single_block_parameters
+from megasora.config.parameters import (
+    double_block_parameters,
+    embedder_parameters,
+    final_layer_parameters,
+    replicated_in_block,
+    single_block_parameters,
+)
 from megasora.config.schema import ModelConfig, ParallelConfig
 
 PARAMETERS_PER_H2 = {"double": 36.0, "single": 15.0}
@@ -100,13 +106,36 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
     Raises:
         UserError: see `chunk_lengths`.
     """
-    lengths = chunk_lengths(model, parallel)
-    pp = parallel.pipeline_model_parallel_size
-    blocks = [double_block_parameters(model)] * model.num_double_blocks + [single_block_parameters(model)] * model.num_single_blocks
+    blocks = {True: double_block_parameters(model), False: single_block_parameters(model)}
+    return _per_stage(model, parallel, blocks=blocks, first=embedder_parameters(model), last=final_layer_parameters(model))
+
+
+def rank_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    """Parameters on one tensor rank of each pipeline stage: what TP shares, and what each of its ranks holds whole.
+
+    Raises:
+        UserError: see `chunk_lengths`.
+    """
+    tp = parallel.tensor_model_parallel_size
+
+    def on_rank(parameters: int, replicated: int) -> int:
+        return (parameters - replicated) // tp + replicated
+
+    blocks = {
+        True: on_rank(double_block_parameters(model), replicated_in_block(model, double=True)),
+        False: on_rank(single_block_parameters(model), replicated_in_block(model, double=False)),
+    }
+    last = on_rank(final_layer_parameters(model), (model.hidden_size + 1) * model.in_channels)
+    return _per_stage(model, parallel, blocks=blocks, first=embedder_parameters(model), last=last)
+
+
+def _per_stage(model: ModelConfig, parallel: ParallelConfig, *, blocks: dict[bool, int], first: int, last: int) -> list[int]:
+    """Sums over each stage's chunks; `blocks` by whether the block is double, `first` before the blocks, `last` after them."""
+    lengths, pp = chunk_lengths(model, parallel), parallel.pipeline_model_parallel_size
     stages = []
     for stage in range(pp):
         owned = [i for v in range(parallel.num_model_chunks) for i in chunk_blocks(lengths, pp_rank=stage, pp_size=pp, vp_stage=v)]
-        stages.append(sum(blocks[i] for i in owned))
-    stages[0] += embedder_parameters(model)
-    stages[-1] += final_layer_parameters(model)
+        stages.append(sum(blocks[i < model.num_double_blocks] for i in owned))
+    stages[0] += first
+    stages[-1] += last
     return stages

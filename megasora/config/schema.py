@@ -196,8 +196,7 @@ class DataConfig:
     decode_timeout_s: float = 120.0
     """A clip that takes longer is skipped (weight 0), and a thread that hangs in it is replaced."""
     quarantine_after: int = 3
-    """Failures, over epochs and restarts, after which a clip is not decoded any more: it then costs its step a clip, but no time.
-    0 tries for ever."""
+    """Failures, over epochs and restarts, after which a clip is not decoded any more: it costs no time then. 0 tries for ever."""
     prefetch_steps: int = 2
     """Steps whose clips are decoded ahead."""
     encode_ahead: bool | None = None
@@ -248,7 +247,8 @@ class EncodersConfig:
     """Autoencoder and text encoders, as local folders in their published formats."""
 
     vae: str | None = None
-    """Folder of a HunyuanVideo VAE (diffusers AutoencoderKLHunyuanVideo: config.json + safetensors)."""
+    """Folder of an autoencoder of clips; its config.json says which: HunyuanVideo's (diffusers AutoencoderKLHunyuanVideo), or a video DC-AE
+    as `megasora convert --to dc-ae` makes it."""
     t5: str | None = None
     """Folder of a T5 encoder (transformers T5EncoderModel) with its spiece.model."""
     clip: str | None = None
@@ -257,6 +257,9 @@ class EncodersConfig:
     """Number format of the encoders."""
     posterior: Literal["mean", "sample"] = "mean"
     """Latent that training takes from the autoencoder: the posterior's mean, or a sample drawn anew each time a clip is taken."""
+    hold_given: bool = False
+    """Where the autoencoder is not causal: encode a training clip of given pictures with each picture held for a whole latent frame, as
+    sampling shows it, instead of as it is. Open-Sora utils/train.py: pad, off in its training."""
     temporal_compression: int = 4
     """Video frames per latent frame."""
     causal: bool = True
@@ -265,10 +268,16 @@ class EncodersConfig:
     spatial_compression: int = 8
     """Pixels per latent pixel."""
     tile_size: int = 256
-    """Side in pixels of the square tiles that larger pictures and clips are cut into for the autoencoder (a clip is never cut in time); 0
-    does not cut. Open-Sora models/hunyuan_vae: sample_size 256, use_spatial_tiling."""
+    """Side in pixels of the square tiles that larger pictures and clips are cut into for the autoencoder; 0 does not cut. Open-Sora
+    models/hunyuan_vae: sample_size 256, use_spatial_tiling."""
+    tile_frames: int = 0
+    """Frames of the windows that longer clips are cut into where the autoencoder is not causal; 0 does not cut. Open-Sora models/dc_ae:
+    temporal_tile_size 32, use_temporal_tiling."""
     tile_overlap: float = 0.25
-    """Share of a tile's side that it has in common with the next. Open-Sora models/hunyuan_vae: tile_overlap_factor."""
+    """Share of a tile's side, and of a window, that it has in common with the next. Open-Sora models/hunyuan_vae: tile_overlap_factor."""
+    scaling_factor: float | None = None
+    """Training and sampling multiply latents by it; None takes what the autoencoder's folder says. Of the video DC-AE that is 1:
+    the released DiT lives on raw latents; Open-Sora's training config says 0.493 to divide by (2.0284 here) and never applies it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +309,9 @@ class CheckpointConfig:
     """When and what is saved."""
 
     interval_steps: int = 500
-    """Steps between checkpoints; the last step is always saved. 0 saves only the last."""
+    """Steps between checkpoints; the last step is saved too. 0 saves only the last."""
+    save_last: bool = True
+    """Save the last step too; a run that only measures need not."""
     keep: int = 3
     """Newest checkpoints kept; 0 keeps all."""
     keep_every_steps: int = 0
@@ -308,10 +319,9 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Training waits for a copy into host memory only, threads write it; otherwise it waits until the checkpoint is on disk."""
     local_dir: str | None = None
-    """Folder on each node's own disk for copies that are made more often than checkpoints: a run that comes back on the same nodes in the
-    same layout goes on from the newest one. Each rank writes all that it holds, the newest two stay. None makes none."""
+    """Folder on each node's own disk for copies between checkpoints, used where a run comes back on the same nodes in the same layout."""
     local_interval_steps: int = 0
-    """Steps between copies in local_dir."""
+    """Steps between copies in local_dir, of which the newest two stay."""
     take_over: bool = False
     """Take the run folder from another run that is alive; that one stops at its next step."""
 
@@ -350,6 +360,9 @@ class InitConfig:
     """Folder of an earlier run whose newest complete checkpoint gives the weights, instead of `weights`; ignored on resume, as they are."""
     run_weights: Literal["auto", "model", "ema"] = "auto"
     """Which weights of that run: the trained ones, or their moving average; auto takes the average where the run kept one."""
+    ends: Literal["as_given", "new_if_other"] = "as_given"
+    """What becomes of weights whose model has other in_channels, as one of another autoencoder has: as_given refuses them; new_if_other
+    lets img_in, cond_in and final_layer.linear start anew and keeps the rest (arXiv 2503.09642 section 4.3.3)."""
     follows: str | None = None
     """Recipe that this stage goes on from; a start from another run or from nothing is said in the log."""
     seed: int = 1024
@@ -379,7 +392,7 @@ class SampleConfig:
     width: int = 256
     """Pixels; a multiple of spatial_compression x patch_size."""
     num_frames: int = 129
-    """Frames: 1 or 4k+1."""
+    """Frames: 1 or 4k+1; 1 or 4k from 8 on where the autoencoder is not causal."""
     fps: float = 24.0
     """Frames per second of the clip."""
     steps: int = 50
@@ -403,8 +416,7 @@ class SampleConfig:
     motion_score: float | None = 4.0
     """Motion score appended to the prompt; None appends nothing."""
     reuse_threshold: float = 0.0
-    """Accumulated relative change of the velocity below which a step is extrapolated from the last two instead of evaluated; 0 evaluates
-    every step."""
+    """Accumulated relative change of the velocity below which a step is extrapolated from the last two; 0 evaluates every step."""
     reuse_check: bool = False
     """With reuse_threshold, also draw the clip without reuse, and record how far the two latents lie apart."""
     seed: int = 42
@@ -427,6 +439,18 @@ class GuardConfig:
     """Bad steps in a row after which the weights are suspect: the run goes back to its newest checkpoint."""
     budget: int = 10
     """More steps left out within a window end the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Traces of some steps, by torch.profiler; `megasora study trace` reads them."""
+
+    steps: str | None = None
+    """First and last traced step, counted from 1: 10:12. None traces nothing; the steps before the first should include a few warm ones."""
+    folder: str | None = None
+    """Where each rank writes rank_00000.json.gz; None: profile/ in the run's folder."""
+    shapes: bool = False
+    """Record the shapes of operators' inputs: larger traces, slower steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,6 +490,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes cuda when there is one."""
     run_dir: str | None = None

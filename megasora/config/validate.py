@@ -11,6 +11,7 @@ from megasora.config.memory import memory_estimate
 from megasora.config.memory_cure import H200_BYTES, memory_cure
 from megasora.config.parameters import modulation_parameters
 from megasora.config.problem import Check, Problem
+from megasora.config.profile_steps import check_profile
 from megasora.config.schema import RunConfig
 
 
@@ -298,6 +299,30 @@ def _tiles(config: RunConfig, world_size: int) -> Iterator[Problem]:
             message=f"{encoders.tile_overlap} of {encoders.tile_size} pixels is no whole number of latent pixels below the tile",
             cure="use 0.25",
         )
+    if encoders.hold_given:
+        reasons = {
+            "a causal autoencoder's latent frame of a picture is one frame": encoders.causal,
+            "cached latents are of clips as they are": config.data.cache is not None,
+            "the held-out loss takes clips as they are": config.evaluation.interval_steps > 0,
+        }
+        for reason in (reason for reason, holds in reasons.items() if holds):
+            yield Problem(field="encoders.hold_given", message=reason, cure="leave it out")
+    ratio, frames = encoders.temporal_compression, encoders.tile_frames
+    if not frames:
+        return
+    if encoders.causal:
+        yield Problem(
+            field="encoders.tile_frames",
+            message=f"is {frames}: a causal autoencoder takes clips whole in time",
+            cure="use 0",
+        )
+    elif frames < 0 or frames % ratio or not 0 < encoders.tile_overlap < 1 or (frames // ratio * encoders.tile_overlap) % 1:
+        # without an overlap a last latent frame would stand alone, and come back as one frame
+        yield Problem(
+            field="encoders.tile_frames",
+            message=f"{frames} frames, and {encoders.tile_overlap} of them, are no whole numbers of {ratio} frames above 0",
+            cure="use 32 with encoders.tile_overlap 0.25, or 0 for no windows",
+        )
 
 
 def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:
@@ -394,6 +419,7 @@ CHECKS: tuple[Check, ...] = (
     _cache,
     _tiles,
     _numbers,
+    check_profile,
     check_start,
     _sample,
 )
@@ -423,16 +449,3 @@ def raise_on_problems(config: RunConfig, *, world_size: int, check_memory: bool 
     found = problems(config, world_size=world_size, check_memory=check_memory, gpu_bytes=gpu_bytes)
     if found:
         raise UserError(str(found[0]) if len(found) == 1 else "\n  ".join([f"{len(found)} problems", *map(str, found)]))
-
-
-def refuse_missing_autoencoder(config: RunConfig) -> None:
-    """Refuse to train a model whose autoencoder is not part of this version.
-
-    Raises:
-        UserError: the run needs the video DC-AE (32x spatial compression, not causal).
-    """
-    if config.encoders.spatial_compression == 32 or not config.encoders.causal:
-        raise UserError(
-            f"recipe {config.recipe} needs the video DC-AE (dc-ae-f32t4c128), which this version does not have; "
-            "it can be shown, validated and counted, train another recipe"
-        )

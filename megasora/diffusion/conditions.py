@@ -3,7 +3,8 @@
 Given frames are encoded on their own, so nothing leaks from the frames after them. Source: hpcaitech/Open-Sora utils/inference.py
 (prepare_inference_condition) and utils/train.py (prepare_visual_condition_causal, prepare_visual_condition_uncausal); "33 frames" are 9
 latent frames at 4x temporal compression, 65 are 17. A non-causal autoencoder has 32 frames in 8 latent frames and 64 in 16; there the
-latent frame of one given picture stands where four frames do, and the clip itself is not padded, as in training there (pad=False).
+latent frame of one given picture stands where four frames do: the picture is held. Decoded clips lose the frames that only hold one
+(utils/sampling.py, api_fn); whether pictures are held as well when training encodes clips is a choice there (pad, off) and here.
 """
 
 from __future__ import annotations
@@ -78,6 +79,33 @@ def draw_kind(weights: Mapping[str, float], *, num_frames: int, uniform: float, 
         if threshold <= 0:
             return kind
     return next(reversed(kinds))
+
+
+def holding_frames(kind: str, *, temporal_compression: int, causal: bool) -> tuple[int, int]:
+    """Frames at a clip's head and tail that only hold a given picture, where its latent frame stands for several."""
+    held = 0 if causal or not kind.startswith("i2v") else temporal_compression - 1
+    return (held if kind in ("i2v_head", "i2v_loop") else 0), (held if kind in ("i2v_tail", "i2v_loop") else 0)
+
+
+def held(video: Tensor, holding: tuple[int, int]) -> Tensor:
+    """A clip [3, T, H, W] whose first and last picture are held for as many frames more, cut to its length.
+
+    The first frame stays the first; where only the last is held the first frames are cut, else the last ones
+    (Open-Sora utils/train.py, prepare_visual_condition_uncausal with pad; its i2v_tail gives another frame than the clip's last, taken
+    here to be a slip).
+    """
+    head, tail = holding
+    if not head and not tail:
+        return video
+    frames = video.shape[1]
+    kept = video[:, : frames - head - tail] if head else video[:, tail:]
+    return torch.cat([kept[:, :1].expand(-1, head, -1, -1), kept, kept[:, -1:].expand(-1, tail, -1, -1)], dim=1)
+
+
+def without_holding(video: Tensor, holding: tuple[int, int]) -> Tensor:
+    """A decoded clip [3, T, H, W] without the frames that only hold a picture."""
+    head, tail = holding
+    return video[:, head : video.shape[1] - tail]
 
 
 def condition_latent(shape: tuple[int, int, int, int], given: list[tuple[GivenFrames, Tensor]]) -> Tensor:

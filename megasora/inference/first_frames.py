@@ -24,7 +24,8 @@ from megasora.inference.requests import ClipRequest
 from megasora.inference.session import Offload, Session, World
 from megasora.inference.shelf import EncoderShelf
 from megasora.inference.sizes import size_named
-from megasora.models.encoders.image_vae import ImageVAE
+from megasora.models.autoencoders.autoencoder import Autoencoder
+from megasora.models.autoencoders.image import load_image_autoencoder
 from megasora.models.sampler import ClipSize
 
 GUIDANCE = 4.0
@@ -77,7 +78,7 @@ def draw_first_frames(
     if not session.model.guidance_embed:
         raise UserError(f"--t2i_weights {settings.weights} are no guidance-distilled weights (no guidance_in); give FLUX.1-dev's")
     dtype = torch.bfloat16 if world.config.encoders.dtype == "bf16" else torch.float32
-    vae: ImageVAE | None = None
+    vae: Autoencoder | None = None
     hashes: Hashes | None = None
     unit = world.config.encoders.spatial_compression * session.model.patch_size
     made: list[ClipRequest] = []
@@ -98,9 +99,11 @@ def draw_first_frames(
             latent, _ = session.draw(picture, session.prompt(picture), on_step=on_step)
             session.make_room()
             if world.leads:
-                vae = vae or ImageVAE.load(settings.vae, device=session.device, dtype=dtype)
+                vae = vae or load_image_autoencoder(settings.vae, device=session.device, dtype=dtype)
                 folder.mkdir(parents=True, exist_ok=True)
-                write_picture(path, vae.decode(latent[:, 0]).float())
+                pixels = vae.decode(latent)
+                assert pixels is not None  # no group: it is decoded here
+                write_picture(path, pixels[:, 0].float())
                 write_record(path.with_suffix(".json"), record)
             dist.barrier(group=world.groups.clip)
         made.append(replace(request, kind="i2v_head", image=path))

@@ -12,7 +12,7 @@ from megasora.data.decoding.contract import DecodeError, DecodeRequest
 from megasora.data.decoding.pyav import PyAVDecoder, frame_count, video_facts
 from megasora.diffusion.conditions import GivenFrames, given_frames
 from megasora.inference.requests import ClipRequest
-from megasora.models.encoders.vae import HunyuanVAE
+from megasora.models.autoencoders.autoencoder import Autoencoder
 
 
 def runs_of(request: ClipRequest, encoders: EncodersConfig) -> tuple[GivenFrames, ...]:
@@ -52,7 +52,7 @@ def check_sources(request: ClipRequest, encoders: EncodersConfig) -> None:
 
 
 def encode_given(
-    request: ClipRequest, vae: HunyuanVAE, encoders: EncodersConfig, *, decoder: PyAVDecoder | None = None
+    request: ClipRequest, vae: Autoencoder, encoders: EncodersConfig, *, decoder: PyAVDecoder | None = None
 ) -> tuple[tuple[GivenFrames, Tensor], ...]:
     """Runs of given frames and their scaled latents (posterior means, on the CPU).
 

@@ -190,7 +190,7 @@ class _Maker:
         for k in range(search.best_of):
             candidate = replace(request, seed=request.seed + k)
             latent, drawn = self.session.draw(candidate, prompt, on_step=on_step)
-            video = self.session.decode(latent)
+            video = self.session.decode(latent, kind=request.kind)
             if video is None:
                 continue  # the clip's first rank has it, scores it and writes it
             if self._scorer is not None:

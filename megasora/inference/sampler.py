@@ -153,7 +153,7 @@ class Sampler:
         if refinement is not None:
             (request,) = refine([request], refinement)
         latent, drawn = session.draw(request, session.prompt(request), on_step=on_step)
-        pixels = session.decode(latent)
+        pixels = session.decode(latent, kind=request.kind)
         return Clip(
             video=None if pixels is None else pixels.cpu(),
             latent=latent.cpu(),

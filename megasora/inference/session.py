@@ -17,6 +17,7 @@ from megasora.checkpoint.source import Select, WeightSource, open_source
 from megasora.config.errors import UserError
 from megasora.config.schema import ModelConfig, RunConfig, SampleConfig
 from megasora.config.validate import raise_on_problems
+from megasora.diffusion.conditions import holding_frames, without_holding
 from megasora.inference.given import encode_given
 from megasora.inference.record import Hashes, record_of
 from megasora.inference.requests import ClipRequest, check_model
@@ -181,11 +182,16 @@ class Session:
                 chunk.to("cpu")
             release(self.device)
 
-    def decode(self, latent: Tensor) -> Tensor | None:
-        """The clip [3, T, H, W] in [-1, 1] of a scaled latent on the clip's first rank, None on its others; all of them call it."""
+    def decode(self, latent: Tensor, *, kind: str) -> Tensor | None:
+        """The clip [3, T, H, W] in [-1, 1] of a scaled latent on the clip's first rank, None on its others; all of them call it.
+
+        A kind with given pictures loses the frames that only hold one, where the autoencoder is not causal.
+        """
         self.make_room()
+        encoders = self.config.encoders
+        holding = holding_frames(kind, temporal_compression=encoders.temporal_compression, causal=encoders.causal)
         video = self.shelf.vae.decode(latent, group=self.world.groups.clip)
-        return None if video is None else video.float()
+        return None if video is None else without_holding(video.float(), holding)
 
     @property
     def sampler(self) -> ClipSampler:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megasora.config.schema import ModelConfig, RunConfig
+from megasora.models.autoencoders.autoencoder import Autoencoder
 from megasora.models.encoders.bundle import Encoders, be_quiet, load_encoders
-from megasora.models.encoders.vae import HunyuanVAE
 
 
 class EncoderShelf:
@@ -50,16 +50,16 @@ class EncoderShelf:
         release(self.device)
 
     @property
-    def vae(self) -> HunyuanVAE:
+    def vae(self) -> Autoencoder:
         """The autoencoder, on the device."""
         self._load("vae")
-        self._encoders.vae.vae.to(self.device)
+        self._encoders.vae.to(self.device)
         return self._encoders.vae
 
     def put_autoencoder_away(self) -> None:
         """Keep the autoencoder in host memory until it is asked for."""
         if self._encoders.autoencoder is not None:
-            self._encoders.vae.vae.to("cpu")
+            self._encoders.vae.to("cpu")
             release(self.device)
 
     def _load(self, *parts: str) -> None:

@@ -140,7 +140,7 @@ def initialize(
         rank=rank,
         device=device,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        replica=_new_group_of(rank, [topology.replica_ranks(dp) for dp in range(topology.dp)], timeout=timeout),
+        replica=_new_group_of(rank, [topology.replica_ranks(dp) for dp in range(topology.dp)], timeout=timeout, name="REPLICA"),
         context=_context_groups(topology, rank, factor, timeout=timeout),
     )
 
@@ -193,14 +193,14 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def _new_group_of(rank: int, partition: list[list[int]], *, timeout: timedelta) -> dist.ProcessGroup:
+def _new_group_of(rank: int, partition: list[list[int]], *, timeout: timedelta, name: str | None = None) -> dist.ProcessGroup:
     """The group of `partition` that holds `rank`; every rank creates every group, in the same order.
 
-    A group does not inherit the world's timeout: without its own it has the backend's (NCCL: 10 minutes).
+    A group does not inherit the world's timeout: without its own it has the backend's (NCCL: 10 minutes). Traces show its name.
     """
     mine: dist.ProcessGroup | None = None
     for ranks in partition:
-        group = dist.new_group(ranks, timeout=timeout)
+        group = dist.new_group(ranks, timeout=timeout, group_desc=name)
         if rank in ranks:
             mine = group
     assert mine is not None, f"rank {rank} is in no group of {partition}"
@@ -219,8 +219,8 @@ def _context_groups(topology: Topology, rank: int, factor: int, *, timeout: time
                 ring += [ranks[u::factor] for u in range(factor)]
     cp = topology.coordinates(rank).cp
     return ContextGroups(
-        ulysses=_new_group_of(rank, ulysses, timeout=timeout),
-        ring=_new_group_of(rank, ring, timeout=timeout),
+        ulysses=_new_group_of(rank, ulysses, timeout=timeout, name="CONTEXT_ULYSSES"),
+        ring=_new_group_of(rank, ring, timeout=timeout, name="CONTEXT_RING"),
         ulysses_size=factor,
         ring_size=rings,
         ulysses_rank=cp % factor,

@@ -127,3 +127,31 @@ def fully_sharded_traffic(
         return Traffic(all_reduce=4)
     gathered = blocks + rest if zero_stage == 2 else microbatches * (2 * blocks + rest)
     return Traffic(all_gather=itemsize * gathered, reduce_scatter=grad_itemsize * microbatches * (blocks + rest), all_reduce=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSizes:
+    """Ranks of the groups that a block talks to."""
+
+    tp: int
+    ulysses: int
+    ring: int
+
+
+def recompute_traffic(blocks: StageShape, *, model: ModelConfig, sizes: GroupSizes, tokens: int, samples: int, itemsize: int) -> Traffic:
+    """What the forward passes of blocks that run twice send once more, for one micro-batch.
+
+    Args:
+        blocks: how many of each kind; its embedders and final layer do not count.
+        model: sizes of the model.
+        sizes: of the groups.
+        tokens, samples: of the pack (`tensor_parallel_traffic`).
+        itemsize: bytes of an activation.
+    """
+    h, double, single = model.hidden_size, blocks.num_double, blocks.num_single
+    gathered = itemsize * (2 * double + single) * tokens * h
+    rows = itemsize * (12 * double + 3 * single) * samples * h
+    over_tp = Traffic(all_gather=gathered + rows, reduce_scatter=gathered) if sizes.tp > 1 else Traffic()
+    elements = (double + single) * tokens * h // sizes.tp
+    exchanged = Traffic(all_to_all=itemsize * 4 * elements) if sizes.ulysses > 1 else Traffic()
+    return over_tp + exchanged + Traffic(send=itemsize * 2 * (sizes.ring - 1) * elements)

@@ -76,10 +76,14 @@ class Hardware:
     """GPUs of a server, which share its CPUs, network cards and file system clients."""
     launch_s: float = 5e-6
     """Host time of one kernel's launch: a step cannot be shorter than its launches."""
+    feed_s: float = 0.0
+    """Host seconds a token of a rank's packs that a step waits for: reading, noise, micro-batches (of a CPU; on a GPU beside steps)."""
     compute_ranks: int = 0
     """Ranks that share one computer's compute units (a CPU): more ranks are slower by as much. 0: each has its own."""
     compute_loss: Points = ()
     """Ranks at work on one computer -> factor on every rate of each (measured); empty: by `compute_ranks` alone."""
+    process_bytes: float = 0.0
+    """Resident memory of a rank's process before its model (a CPU, where a run's peak counts it)."""
     host_bytes_per_s: float = 50e9
     """Between GPU and host memory, one way."""
     dollars_per_gpu_hour: float | None = None

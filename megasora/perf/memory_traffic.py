@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,8 +57,7 @@ class MemoryTraffic(TorchDispatchMode):
         if name in MATRIX_PRODUCTS and (flops := _product_flops(args)) is not None:
             self.product_flops += flops
             return result
-        formula = self.formulas.get(name)
-        self.bytes[name] += formula(*args) if formula else _moved(func, args, dict(kwargs or {}), result)
+        self.bytes[name] += bytes_moved(func, args, kwargs or {}, result, formulas=self.formulas)
         self.calls[name] += 1
         return result
 
@@ -76,16 +76,26 @@ def _product_flops(args: tuple[Any, ...]) -> int | None:
     return 2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
-def _moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    named = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False)) | kwargs
-    written = {argument.name for argument in func._schema.arguments if argument.alias_info is not None and argument.alias_info.is_write}
-    fills = func.namespace != "aten" or func._overloadname.endswith("out") or "grad_input" in func._overloadname or "copy" in func.__name__
-    size = 0
-    if func.overloadpacket.__name__ == "index_select":
+def bytes_moved(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, *, formulas: Mapping[str, Any]) -> int:
+    """Bytes that one dispatched operation reads and writes; see `MemoryTraffic`."""
+    name = func.overloadpacket.__name__
+    if formula := formulas.get(name):
+        return formula(*args)
+    if name == "index_select":
         return 2 * _size(result)
-    for name, value in named.items():
-        size += (1 if name not in written or fills else 2) * _size(value)
+    names, written, fills = _arguments(func)
+    size = sum((1 if key not in written or fills else 2) * _size(value) for key, value in zip(names, args, strict=False))
+    size += sum((1 if key not in written or fills else 2) * _size(value) for key, value in kwargs.items())
     return size + (0 if written else _size(result))
+
+
+@lru_cache(maxsize=1024)
+def _arguments(func: Any) -> tuple[tuple[str, ...], frozenset[str], bool]:
+    """(names, names of those it writes, whether it fills them without reading) of an operation's arguments."""
+    arguments = func._schema.arguments
+    written = frozenset(argument.name for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write)
+    fills = func.namespace != "aten" or func._overloadname.endswith("out") or "grad_input" in func._overloadname or "copy" in func.__name__
+    return tuple(argument.name for argument in arguments), written, fills
 
 
 def _size(value: Any) -> int:

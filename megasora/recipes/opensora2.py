@@ -170,8 +170,9 @@ def opensora2_stage3() -> RunConfig:
 def opensora2_dc_ae() -> RunConfig:
     """768px with the 4x32x32 autoencoder (128 channels, patch 1). repo configs/diffusion/train/high_compression.py.
 
-    It validates and counts; `train` refuses it, because the video DC-AE itself is not part of this version. The report starts it from a
-    768px model with new input and output layers, which `--init.run` does not make; the repository from nothing (from_pretrained None).
+    --encoders.vae takes the folder that `megasora convert F32T4C128_AE.safetensors FOLDER --to dc-ae` makes. The report starts from a 768px
+    model of the 4x8x8 autoencoder with new input and output layers, which --init.run or --init.weights of such a model does here
+    (init.ends); the repository from nothing (from_pretrained None).
     """
     return RunConfig(
         recipe="opensora2_dc_ae",
@@ -179,15 +180,20 @@ def opensora2_dc_ae() -> RunConfig:
         # repo high_compression.py: grad_ckpt_settings (100, 100)
         parallel=ParallelConfig(recompute="full"),
         data=_data(
-            # repo high_compression.py: bucket_config; multiples of 4, which is what the DC-AE takes (OS2 section 5 says "33 frames")
+            # repo high_compression.py: bucket_config; multiples of 4, which is what the DC-AE takes (OS2 section 5 says "33 frames", which
+            # it refuses; 32 here)
             _mix("768px", (*DC_AE_FRAMES, 1), 1.0),
             # 2 clips of 128 frames per GPU (3 of 96, 4 of 64, 8 of 32, 20 images) on 160 GPUs (OS2 section 5)
             global_tokens=2 * 160 * TOKENS_768PX_128F_DC_AE,
         ),
         # repo high_compression.py: condition_config
         condition=ConditionConfig(t2v=1.0, i2v_head=7.0),
-        # repo high_compression.py: is_causal_vae False, ae_spatial_compression 32; its posterior has no spread to sample from
-        encoders=EncodersConfig(spatial_compression=32, causal=False),
+        # repo high_compression.py: is_causal_vae False, ae_spatial_compression 32; its posterior has no spread to sample from. Tiles and
+        # windows as opensora/models/dc_ae has them by default (spatial_tile_size 256, temporal_tile_size 32): that is what its
+        # inference takes, and what the DC-AE was trained on; training there meant to, and called the bare encoder (issue 892).
+        # Latents are not scaled: repo high_compression.py says 0.493, to divide by, but its training never did, and its inference does not
+        encoders=EncodersConfig(spatial_compression=32, causal=False, tile_frames=32),
+        init=InitConfig(ends="new_if_other"),
         # repo high_compression.py: lr 3e-5
         optimizer=_optimizer(3e-5),
         # repo high_compression.py: ckpt_every 250

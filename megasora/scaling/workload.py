@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -22,9 +21,8 @@ from megasora.data.buckets import ASPECTS, height_by_width
 from megasora.data.manifest import Clip, read_manifest
 from megasora.data.plan import PlannedClip, SamplerState, assign_packs, mix_of, next_step, plan_clip, plan_clips
 from megasora.parallel.pack import SampleShape
+from megasora.scaling.settings import Clips as Clips
 
-Clips = Literal["auto", "manifest", "largest", "drawn"]
-"""auto: the manifest where the recipe has one, else largest."""
 DRAWN = 4096
 """Clips drawn: enough for the shares of the buckets to settle within 2 %."""
 SHORTEST_S, LONGEST_S = 2.0, 8.0

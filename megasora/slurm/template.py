@@ -13,6 +13,8 @@ from megasora.slurm.job import MAX_CRASHES, SlurmJob
 
 GIVEN = frozenset({"run_dir", "data.manifest", "init.weights", "init.run"})
 """Settings that a file takes from variables, so that they can be given at submission."""
+AUTOENCODERS = ("hunyuan-vae", "dc-ae")
+"""Folders in ENCODERS: of the causal autoencoder, and of the one that is not."""
 
 
 def render(job: SlurmJob) -> str:
@@ -28,7 +30,8 @@ def render(job: SlurmJob) -> str:
         shell.WAIT,
         shell.VERDICT,
     )
-    return "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    return text if job.config.encoders.causal else text.replace(*AUTOENCODERS)
 
 
 def _about(job: SlurmJob) -> str:

@@ -20,8 +20,8 @@ from megasora.training.evaluation import Evaluator
 from megasora.training.feed import Feeder
 from megasora.training.guard import Guard
 from megasora.training.metrics import MetricsLog, film_strip
+from megasora.training.profiling import Place
 from megasora.training.step import Trainee
-from megasora.training.vitals import Place
 
 
 class Event(Protocol):
@@ -144,16 +144,17 @@ class Save:
         checkpoints: of the run.
         guard: of the run; what it knows is saved too.
         interval_steps: 0 saves after the last step only.
+        last: whether the last step is saved.
     """
 
     place: Place = "save"
 
-    def __init__(self, checkpoints: Checkpoints, *, guard: Guard, interval_steps: int) -> None:
-        self.checkpoints, self.guard, self.interval_steps = checkpoints, guard, interval_steps
+    def __init__(self, checkpoints: Checkpoints, *, guard: Guard, interval_steps: int, last: bool = True) -> None:
+        self.checkpoints, self.guard, self.interval_steps, self.last = checkpoints, guard, interval_steps, last
 
     def due(self, step: int, *, last: bool) -> bool:
         """At multiples of the interval and at the end."""
-        return last or (step > 0 and self.interval_steps > 0 and step % self.interval_steps == 0)
+        return (last and self.last) or (step > 0 and self.interval_steps > 0 and step % self.interval_steps == 0)
 
     def happen(self, trainee: Trainee) -> None:
         """Start it."""

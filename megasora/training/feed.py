@@ -26,7 +26,7 @@ from megasora.data.cache.reading import Cache
 from megasora.data.decoding.contract import Decoder
 from megasora.data.plan import PlannedClip, SamplerState, StepPlan, Taken, assign_packs, mix_of, next_step, sample_cost, start_of
 from megasora.data.quarantine import Quarantine
-from megasora.diffusion.conditions import GivenFrames, condition_latent, draw_kind, given_frames
+from megasora.diffusion.conditions import GivenFrames, condition_latent, draw_kind, given_frames, holding_frames
 from megasora.diffusion.flow import shift_of, training_time
 from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of, normal, uniform
@@ -261,13 +261,16 @@ class Feeder:
         clip = self.clips[planned.plan.samples[place]]
         patch = self.config.model.patch_size
         runs: tuple[GivenFrames, ...] = ()
+        latents = material.latents
         if self.config.model.cond_embed:
             drawn, causal = uniform(key=self._key(planned, place, Stream.CONDITION)), self.config.encoders.causal
             kind = draw_kind(self._weights, num_frames=clip.num_frames, uniform=drawn, causal=causal)
             compression = self.config.encoders.temporal_compression
             runs = given_frames(kind, num_frames=clip.num_frames, temporal_compression=compression, causal=causal)
+            if self.config.encoders.hold_given:
+                latents = latents.holding(holding_frames(kind, temporal_compression=compression, causal=causal))
         latent, *given = scaled_latents(
-            material.latents,
+            latents,
             runs,
             posterior=self.config.encoders.posterior,
             key=self._key(planned, place, Stream.VAE),

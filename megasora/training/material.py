@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from megasora.data.cache.layout import latent_names
-from megasora.diffusion.conditions import GivenFrames
-from megasora.models.encoders.posterior import Posterior
-from megasora.models.encoders.vae import HunyuanVAE
+from megasora.diffusion.conditions import GivenFrames, held
+from megasora.models.autoencoders.autoencoder import Autoencoder
+from megasora.models.autoencoders.posterior import Posterior
 from megasora.parallel.transfer import send
 
 
@@ -23,17 +23,25 @@ class LatentMaterial(Protocol):
         """Of the clip, or of a run of its frames encoded on its own: the posterior, or the one sample a cache holds. Not scaled."""
         ...
 
+    def holding(self, frames: tuple[int, int]) -> LatentMaterial:
+        """Of the clip with its first and last picture held for as many frames (`diffusion.conditions.held`)."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedClip:
     """Pixels, encoded when asked."""
 
     video: Tensor
-    vae: HunyuanVAE
+    vae: Autoencoder
 
     def latent(self, run: GivenFrames | None) -> Posterior:
         """See `LatentMaterial.latent`."""
         return self.vae.posterior(self.video if run is None else self.video[:, run.start : run.start + run.count])
+
+    def holding(self, frames: tuple[int, int]) -> DecodedClip:
+        """See `LatentMaterial.holding`."""
+        return replace(self, video=held(self.video, frames))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,11 @@ class StoredClip:
             return send([self.tensors[sample]], device=self.device)[0]
         mean, std = send([self.tensors[name] for name in latent_names("mean_std", place)], device=self.device)
         return Posterior(mean=mean, std=std)
+
+    def holding(self, frames: tuple[int, int]) -> StoredClip:
+        """See `LatentMaterial.holding`; a cache holds no such latents, and settings that ask for them were refused."""
+        assert frames == (0, 0), "encoders.hold_given with cached latents"
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

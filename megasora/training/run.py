@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megasora.config.io import save_yaml
 from megasora.config.schema import RunConfig
-from megasora.config.validate import raise_on_problems, refuse_missing_autoencoder
+from megasora.config.validate import raise_on_problems
 from megasora.parallel import groups
 from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.training.assets import with_assets
@@ -28,7 +28,6 @@ def train(config: RunConfig) -> None:
     Raises:
         UserError: the settings, files or machine do not allow it; says the cure.
     """
-    refuse_missing_autoencoder(config)
     stop = StopRequest()  # from here on: a warning during the minutes of start-up counts too
     device = groups.choose_device(config.device)
     groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)

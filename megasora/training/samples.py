@@ -76,7 +76,7 @@ class SampleSource:
         self._text_tokens = config.data.text_tokens
         self._has_latents = cache is not None and cache.facts.settings.has_latents
         self._has_text = cache is not None and cache.facts.settings.has_text
-        self.scaling_factor = _scaling_factor(cache) if self._has_latents else encoders.vae.scaling_factor
+        self.scaling_factor = _scaling_factor(cache, config) if self._has_latents else encoders.vae.scaling_factor
         self.null = self._null(cache if self._has_text else None)
         """([L, text_dim], [vec_dim]) of the empty text."""
         data = config.data
@@ -164,6 +164,9 @@ class SampleSource:
         return tensors["t5"], tensors["clip"]
 
 
-def _scaling_factor(cache: Cache | None) -> float:
+def _scaling_factor(cache: Cache | None, config: RunConfig) -> float:
+    """Latents are stored without a factor, so that a run may have its own."""
+    if config.encoders.scaling_factor is not None:
+        return config.encoders.scaling_factor
     assert cache is not None and cache.facts.scaling_factor is not None, "a cache with latents records their scaling factor"
     return cache.facts.scaling_factor

@@ -11,6 +11,7 @@ from megasora.checkpoint import manifests, store
 from megasora.checkpoint.source import Select, WeightSource, open_source
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
+from megasora.training.new_ends import with_new_ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,9 @@ class Start:
     """What differs harmlessly from the run's model, and where the weights come from another stage than the recipe names."""
 
     def open(self, config: RunConfig) -> WeightSource:
-        """The weights, to be read."""
-        return open_source(Path(self.path), axes_dim=config.model.axes_dim, select=self.select)
+        """The weights, to be read; with new ends where the run's settings ask for them."""
+        source = open_source(Path(self.path), axes_dim=config.model.axes_dim, select=self.select)
+        return with_new_ends(source, model=config.model, seed=config.init.seed) if _of_other_ends(source, config) else source
 
 
 def find_start(config: RunConfig, *, root: Path) -> Start | None:
@@ -78,4 +80,13 @@ def _find(config: RunConfig, root: Path) -> Start | None:
 
 
 def _checked(start: Start, config: RunConfig) -> Start:
-    return Start(path=start.path, select=start.select, notes=(*start.notes, *start.open(config).fits(config.model)))
+    notes = (*start.notes, *start.open(config).fits(config.model))
+    given = open_source(Path(start.path), axes_dim=config.model.axes_dim, select=start.select)
+    if _of_other_ends(given, config):
+        had, has = given.model.in_channels, config.model.in_channels
+        notes = (*notes, f"img_in, cond_in and final_layer.linear start anew: these weights have {had} input channels, this model {has}")
+    return Start(path=start.path, select=start.select, notes=notes)
+
+
+def _of_other_ends(source: WeightSource, config: RunConfig) -> bool:
+    return config.init.ends == "new_if_other" and source.model.in_channels != config.model.in_channels

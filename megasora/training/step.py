@@ -30,7 +30,7 @@ from megasora.training.guard import Guard
 from megasora.training.metrics import StepMetrics
 from megasora.training.microbatch import velocity_loss
 from megasora.training.optimizer import EMA, TrainingOptimizer, learning_rate, prepare_training, update_weights, zero_gradients
-from megasora.training.vitals import Place
+from megasora.training.profiling import Place
 
 
 def unwatched(place: Place) -> None:

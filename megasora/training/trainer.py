@@ -34,6 +34,7 @@ from megasora.training.guard import Guard, LeftOut, append_left_out, read_left_o
 from megasora.training.metrics import MetricsLog
 from megasora.training.optimizer import ensure_adam_state, refresh_masters, sync_parameters
 from megasora.training.prerequisites import encoders_needed, open_training_cache
+from megasora.training.profiling import open_profile
 from megasora.training.start import Start, find_start
 from megasora.training.step import StepResult, build_trainee, step_metrics, train_step
 from megasora.training.vitals import Vitals
@@ -79,7 +80,7 @@ class Trainer:
         self, config: RunConfig, *, context: ParallelContext, run_dir: Path, stop: StopRequest, lease: Lease | None, sentry: Sentry
     ) -> None:
         self.config, self.context, self.stop = config, context, stop
-        self.vitals = Vitals(sentry, config=config, context=context)
+        self.vitals = Vitals(sentry, config=config, context=context, profile=open_profile(config, context=context, run_dir=run_dir))
         manifest = read_manifest(str(config.data.manifest))
         self.clips, unfit = plan_clips(manifest.clips, data=config.data, encoders=config.encoders, model=config.model)
         self.checkpoints = Checkpoints(run_dir / "checkpoints", lease=lease, config=config, context=context, data_sha256=manifest.sha256)
@@ -128,6 +129,7 @@ class Trainer:
                 self.checkpoints.happened(last=True)
                 raise
             finally:
+                self.vitals.close()
                 self.checkpoints.abandon()
 
     def _feed_and_train(self) -> None:
@@ -245,8 +247,9 @@ class Trainer:
             events.append(
                 ShowSamples(self.trainee, config=config, context=self.context, encoders=self.encoders, feeder=feeder, log=self.log)
             )
-        save = Save(self.checkpoints, guard=self.guard, interval_steps=config.checkpoint.interval_steps)
-        copy = Copy(self.checkpoints, guard=self.guard, interval_steps=config.checkpoint.local_interval_steps, but_at=save)
+        saving = config.checkpoint
+        save = Save(self.checkpoints, guard=self.guard, interval_steps=saving.interval_steps, last=saving.save_last)
+        copy = Copy(self.checkpoints, guard=self.guard, interval_steps=saving.local_interval_steps, but_at=save)
         return [*events, save, copy]
 
     def _initialize(self, start: Start | None) -> list[dict[str, Any]]:

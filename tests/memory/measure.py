@@ -1,13 +1,11 @@
-"""Bytes a rank of a large job allocates in a step, counted on fake tensors: nothing is computed and nothing is sent.
+"""Bytes a rank of a large job allocates in a step: a dry run, or (FP8, whose layers read numbers) real tensors on emulated GPUs.
 
-The chunk, the schedule and the layers are the run's own. What stands in: a fake process group for the world, the CPU for the GPU (sizes do
-not depend on it), and an attention kernel that keeps what Transformer Engine's does (q, k, v, output, one fp32 number per token and head).
+The latter runs the schedule and the layers in a fake world, without an optimizer, with the dry run's attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -16,18 +14,19 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
-from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megasora.models.mmdit import build
 from megasora.models.mmdit.model import ModelInputs
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
 from megasora.parallel import groups
 from megasora.parallel.groups import ParallelContext
-from megasora.parallel.pack import AttentionOrder, Pack, PackSplit, SampleShape
+from megasora.parallel.pack import Pack, PackSplit, SampleShape
 from megasora.perf.allocations import Allocations
+from megasora.scaling.dryrun.run import dry_run
+from megasora.scaling.dryrun.stand_ins import attention
 from megasora.training.microbatch import velocity_loss
 
 
@@ -53,25 +52,6 @@ class Bytes:
     """When the first backward pass began: what all forward passes until then keep."""
     peak: int
     """Ever."""
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        out = torch.zeros_like(q)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        grad = grad.contiguous()
-        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, order: AttentionOrder) -> Tensor:
-    """Keeps what Transformer Engine's kernel keeps."""
-    out: Tensor = _Attention.apply(*(x.contiguous() for x in (q, k, v)))
-    return out
 
 
 def start(case: Case) -> ParallelContext:
@@ -125,16 +105,27 @@ def batch_of(case: Case, context: ParallelContext, pack: Pack, dtype: torch.dtyp
     )
 
 
-def measure(rank: int, case: Case) -> Bytes:
+def measure(rank: int, case: Case, config: RunConfig) -> Bytes:
     """Run a step of the case."""
+    if case.fake:
+        return dry(case, config)
     context = start(case)
     pack = pack_of(case, context)
     with (
-        mock.patch.object(build, "choose_kernel", return_value=attention),
-        mock.patch.object(nn.utils, "skip_init", lambda kind, *args, **kwargs: kind(*args, **kwargs)),  # it swaps real tensors in
-        FakeTensorMode(allow_non_fake_inputs=True) if case.fake else nullcontext(),
+        mock.patch.object(build, "choose_kernel", return_value=attention(lambda flops: None, make=torch.zeros_like)),
+        mock.patch.object(nn.utils, "skip_init", lambda kind, *args, **kwargs: kind(*args, **kwargs)),
     ):
         return _measure(case, context, pack)
+
+
+def dry(case: Case, config: RunConfig) -> Bytes:
+    """The first rank of the case's stage, in a job of one replica; this process of the pool has groups of its own again afterwards."""
+    dist.destroy_process_group()
+    size = case.parallel.model_parallel_size
+    run = dry_run(config, world_size=size, rank=case.stage * (size // case.parallel.pipeline_model_parallel_size), clips="largest")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    first = next(event for event in run.timeline if event.phase == "backward")
+    return Bytes(kept=first.before, peak=run.memory.activations)
 
 
 def _allocate_workspace() -> None:
@@ -152,8 +143,7 @@ def _measure(case: Case, context: ParallelContext, pack: Pack) -> Bytes:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # as DDP does, once it has added it
             parameter.main_grad = torch.zeros(parameter.shape)
             parameter.grad_added_to_main_grad = False
-            if not case.fake:
-                nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=0.1)
     if case.precision.provider == "te":
         _allocate_workspace()
     batches = [batch_of(case, context, pack, config.params_dtype) for _ in range(case.num_microbatches)]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
-from megasora.models.encoders.posterior import Posterior
-from megasora.models.encoders.vae import HunyuanVAE
+from megasora.models.autoencoders.autoencoder import Autoencoder
+from megasora.models.autoencoders.posterior import Posterior
 from megasora.training.run import train
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
 from tests.parallel.test_parity import layout
@@ -41,19 +41,19 @@ def test_encoding_ahead_changes_no_bit(pool: RankPool, tmp_path: Path) -> None:
 
 def encode_or_fail(rank: int, config: RunConfig) -> None:
     """A run whose third clip finds no memory for the autoencoder."""
-    real = HunyuanVAE.posterior
+    real = Autoencoder.posterior
     calls = itertools.count()
 
-    def posterior(vae: HunyuanVAE, video: Tensor) -> Posterior:
+    def posterior(vae: Autoencoder, video: Tensor) -> Posterior:
         if next(calls) == 2:
             raise UserError(f"no memory for the autoencoder in {threading.current_thread().name}")
         return real(vae, video)
 
-    HunyuanVAE.posterior = posterior  # type: ignore[method-assign]
+    Autoencoder.posterior = posterior  # type: ignore[method-assign]
     try:
         train(config)
     finally:
-        HunyuanVAE.posterior = real  # type: ignore[method-assign]
+        Autoencoder.posterior = real  # type: ignore[method-assign]
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 

@@ -10,10 +10,11 @@ import tyro
 
 from megasora.cli.endings import Answer, file_errors, lines
 from megasora.cli.progress import ByteBar, byte_bar
+from megasora.config.errors import UserError
 from megasora.config.io import to_dict
 
 WeightFormat = Literal["flux", "diffusers", "opensora", "opensora-fused", "megasora"]
-TargetFormat = WeightFormat | Literal["peft", "kohya", "hunyuan-vae", "diffusers-vae"]
+TargetFormat = WeightFormat | Literal["peft", "kohya", "hunyuan-vae", "diffusers-vae", "hcae", "dc-ae", "diffusers-dc-ae"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class Args:
     source_format: Annotated[WeightFormat | Literal["auto"], tyro.conf.arg(name="from")] = "auto"
     """Format of the source; auto looks at its tensors."""
     target_format: Annotated[TargetFormat, tyro.conf.arg(name="to")]
-    """Format of the target; of a LoRA adapter its naming (diffusers, peft, kohya), of an autoencoder hunyuan-vae or diffusers-vae."""
+    """Format of the target; of a LoRA adapter its naming (diffusers, peft, kohya), of HunyuanVideo's autoencoder
+    hunyuan-vae or diffusers-vae; of the video DC-AE hcae (the published file), dc-ae (our folder) or diffusers-dc-ae (its network of
+    pictures, of which dc-ae is made as well)."""
     select: Literal["model", "master", "ema"] = "model"
     """Which weights of a training checkpoint."""
     init: Literal["open-sora-v2"] | None = None
@@ -36,6 +39,8 @@ class Args:
     """Export a model with an image condition to a format without: fold cond_in.bias into img_in.bias, drop cond_in.weight (lossy)."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Type of every floating-point tensor of the target; None keeps each as it is."""
+    latent_channels: int | None = None
+    """Channels of a video DC-AE's latent that is made of one of pictures; the two layers there start anew. None keeps the source's."""
     merge_lora: Path | None = None
     """LoRA adapter (PEFT folder, diffusers or kohya file) to merge into the weights."""
     lora_scale: float = 1.0
@@ -66,10 +71,20 @@ def run(args: Args) -> Answer:
 
 
 def _converted(args: Args, bar: ByteBar) -> Any:
-    from megasora.checkpoint import autoencoder, export
+    from megasora.checkpoint import autoencoder_export, export
 
-    if args.target_format in ("hunyuan-vae", "diffusers-vae"):
-        return autoencoder.export_autoencoder(args.source, args.target, target_format=args.target_format)
+    if args.target_format in autoencoder_export.FORMATS:
+        _refuse_flags_of_models(args)
+        return autoencoder_export.export_autoencoder(
+            args.source,
+            args.target,
+            target_format=args.target_format,
+            dtype=args.dtype,
+            latent_channels=args.latent_channels,
+            prove=args.verify,
+        )
+    if args.latent_channels is not None:
+        raise UserError(f"--latent_channels is for --to dc-ae, not for {args.target_format}")
     if export.is_adapter(args.source):
         return export.export_adapter(args.source, args.target, naming=args.target_format)
     return export.export_weights(
@@ -90,3 +105,20 @@ def _converted(args: Args, bar: ByteBar) -> Any:
         on_start=bar.start,
         on_progress=bar.advance,
     )
+
+
+def _refuse_flags_of_models(args: Args) -> None:
+    """Refuse what an autoencoder's conversion has no use for.
+
+    Raises:
+        UserError: names the flag.
+    """
+    useless = {
+        "select": args.select != "model",
+        "init": args.init is not None,
+        "drop_cond": args.drop_cond,
+        "merge_lora": args.merge_lora is not None,
+        "axes_dim": args.axes_dim is not None,
+    }
+    if given := [name for name, is_given in useless.items() if is_given]:
+        raise UserError(f"--{given[0]} is not for autoencoders: leave it out with --to {args.target_format}")

@@ -15,9 +15,8 @@ from megasora.config.errors import UserError
 from megasora.config.files import written_whole
 from megasora.config.schema import RunConfig
 from megasora.perf.hardware import Hardware, load_hardware
-from megasora.scaling.forecast.run import Failures
 from megasora.scaling.plan.space import Space
-from megasora.scaling.workload import Clips
+from megasora.scaling.settings import Clips, Failures
 
 
 @dataclass(frozen=True, kw_only=True)

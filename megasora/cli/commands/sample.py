@@ -59,7 +59,7 @@ class Args(RecipeArgs):
     width: int | None = None
     """Pixels."""
     num_frames: int | None = None
-    """Frames: 1 or 4k+1."""
+    """Frames: 1 or 4k+1; 1 or 4k from 8 on with the video DC-AE."""
     fps: float | None = None
     """Frames per second of the clip."""
     steps: int | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megasora.cli.recipe_arguments import RecipeArgs, config_defaults
-from megasora.config.validate import raise_on_problems, refuse_missing_autoencoder
+from megasora.config.validate import raise_on_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,6 @@ def defaults(words: Sequence[str]) -> Mapping[str, Any]:
 
 def run(args: Args) -> None:
     """Refuse what cannot work before the slow imports, then train; with device=auto the memory estimate waits for the device."""
-    refuse_missing_autoencoder(args.config)
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
     raise_on_problems(args.config, world_size=world_size, check_memory=False)
     from megasora.training.run import train

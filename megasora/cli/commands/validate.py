@@ -54,24 +54,36 @@ def run(args: Args) -> Answer:
 
 
 def _autoencoder(config: RunConfig) -> dict[str, Any] | None:
-    """Bytes of the autoencoder for the run's largest clip, which is encoded in training (beside a cache it is not), and its sample clips.
+    """Bytes and operations of the autoencoder for the run's largest clip, which is encoded in training (beside a cache it is not), and for
+    its sample clips.
 
-    None for an autoencoder that this version does not build; nothing to encode where clips keep their own size.
+    None for an autoencoder of no published size without a folder; nothing to encode where clips keep their own size.
     """
-    from megasora.models.encoders.memory import AutoencoderMemory
+    import torch
 
-    if config.encoders.spatial_compression != 8 or config.model.latent_channels != 16:
+    from megasora.models.autoencoders.choice import blank_autoencoder
+    from megasora.models.autoencoders.cost import AutoencoderCost
+    from megasora.models.autoencoders.memory import AutoencoderMemory
+    from megasora.models.encoders.bundle import be_quiet
+
+    be_quiet()
+    autoencoder = blank_autoencoder(config.encoders, dtype=torch.bfloat16 if config.encoders.dtype == "bf16" else torch.float32)
+    if autoencoder is None or autoencoder.facts.latent_channels != config.model.latent_channels:
         return None
     sample, largest, unit = config.sample, largest_clip(config), config.encoders.spatial_compression * config.model.patch_size
-    memory = AutoencoderMemory(config.encoders)
+    memory, cost = AutoencoderMemory(autoencoder), AutoencoderCost(autoencoder)
     result: dict[str, Any] = {"weights": memory.weights}
     if largest is not None:
-        frames, side = largest[0], int(largest[1] / unit) * unit
-        needed = memory.encode(num_frames=frames, height=side, width=side)
-        result["encode"] = {"frames": frames, "height": side, "width": side, "bytes": needed}
-    needed = memory.decode(num_frames=sample.num_frames, height=sample.height, width=sample.width)
-    result["decode"] = {"frames": sample.num_frames, "height": sample.height, "width": sample.width, "bytes": needed}
+        side = int(largest[1] / unit) * unit
+        size = {"num_frames": largest[0], "height": side, "width": side}
+        result["encode"] = {**_named(size), "bytes": memory.encode(**size), "flops": cost.encode(**size)}
+    size = {"num_frames": sample.num_frames, "height": sample.height, "width": sample.width}
+    result["decode"] = {**_named(size), "bytes": memory.decode(**size), "flops": cost.decode(**size)}
     return result
+
+
+def _named(size: Mapping[str, int]) -> dict[str, int]:
+    return {"frames": size["num_frames"], "height": size["height"], "width": size["width"]}
 
 
 def _memory_data(estimate: MemoryEstimate) -> dict[str, Any]:
@@ -109,5 +121,5 @@ def _show(config: RunConfig, gpus: int, estimate: MemoryEstimate | None, autoenc
             if what in autoencoder:
                 clip = autoencoder[what]
                 pixels = f"{clip['frames']} x {clip['height']} x {clip['width']}"
-                table.add_row(f"  to {what} {pixels} at most", f"{clip['bytes'] / 1e9:.1f} GB")
+                table.add_row(f"  to {what} {pixels} at most", f"{clip['bytes'] / 1e9:.1f} GB, {clip['flops'] / 1e12:,.0f} TFLOP")
     Console().print(table)

@@ -84,6 +84,8 @@ class CacheSettings:
     text_dim: int
     vec_dim: int
     dtype: Dtype
+    tile_frames: int = 0
+    """Of the autoencoder's windows; 0: clips were not cut in time."""
 
     @property
     def num_shards(self) -> int:
@@ -152,6 +154,7 @@ def settings_of(
         text_dim=model.text_dim,
         vec_dim=model.vec_dim,
         dtype=encoders.dtype,
+        tile_frames=encoders.tile_frames,
     )
 
 
@@ -218,7 +221,9 @@ def encoder_facts(folder: str, *, known: EncoderFacts | None = None) -> EncoderF
 
 
 def _counts(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".bin", ".json", ".model") or path.name == "merges.txt"
+    """Whether a file decides numbers; the manifest of the conversion that made the folder does not."""
+    decides = path.suffix in (".safetensors", ".bin", ".json", ".model") or path.name == "merges.txt"
+    return decides and path.name != "manifest.json"
 
 
 def _sha256(path: Path) -> str:

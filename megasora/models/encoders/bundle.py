@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megasora.config.errors import UserError
 from megasora.config.schema import EncodersConfig, ModelConfig
+from megasora.models.autoencoders.autoencoder import Autoencoder
+from megasora.models.autoencoders.choice import load_autoencoder, mismatches
 from megasora.models.encoders.text import ClipTextEncoder, T5TextEncoder
-from megasora.models.encoders.tiling import Tiling
-from megasora.models.encoders.vae import HunyuanVAE
 
 PARTS = ("vae", "t5", "clip")
 """Encoders, by their setting."""
@@ -22,12 +22,12 @@ PARTS = ("vae", "t5", "clip")
 class Encoders:
     """Autoencoder and text encoders; a part that the run does not use is not loaded."""
 
-    autoencoder: HunyuanVAE | None
+    autoencoder: Autoencoder | None
     t5: T5TextEncoder | None
     clip: ClipTextEncoder | None
 
     @property
-    def vae(self) -> HunyuanVAE:
+    def vae(self) -> Autoencoder:
         """The autoencoder of a run that uses it."""
         assert self.autoencoder is not None, "the autoencoder was not loaded: the run said it does not use it"
         return self.autoencoder
@@ -55,16 +55,14 @@ def load_encoders(config: EncodersConfig, *, model: ModelConfig, device: torch.d
         raise UserError(f"no folder given for {', '.join(f'--encoders.{name}' for name in missing)}")
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     be_quiet()
-    vae = HunyuanVAE.from_folder(str(config.vae), device=device, dtype=dtype, tiling=Tiling.of(config)) if "vae" in parts else None
+    vae = load_autoencoder(config, device=device, dtype=dtype) if "vae" in parts else None
     t5 = T5TextEncoder.from_folder(str(config.t5), device=device, dtype=dtype) if "t5" in parts else None
     clip = ClipTextEncoder.from_folder(str(config.clip), device=device, dtype=dtype) if "clip" in parts else None
     sizes: list[tuple[str, int, int]] = []
     if vae is not None:
-        sizes += [
-            ("vae latent channels", vae.latent_channels, model.latent_channels),
-            ("vae temporal compression", vae.temporal_compression, config.temporal_compression),
-            ("vae spatial compression", vae.spatial_compression, config.spatial_compression),
-        ]
+        if wrong := mismatches(vae.facts, config):
+            raise UserError("; ".join(wrong))
+        sizes.append(("vae latent channels", vae.facts.latent_channels, model.latent_channels))
     if t5 is not None:
         sizes.append(("t5 channels", t5.channels, model.text_dim))
     if clip is not None:

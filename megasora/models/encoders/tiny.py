@@ -13,15 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from megasora.config.files import written_whole
 from megasora.config.schema import EncodersConfig, ModelConfig
+from megasora.models.autoencoders.tiny import make_tiny_autoencoder
 from megasora.models.encoders.bundle import be_quiet
-
-VAE_LATENT_STD = 1.0
-"""The tiny VAE's scaling factor is chosen so that latents of noise have this standard deviation, as trained ones have."""
 
 
 def make_tiny_encoders(folder: Path, *, captions: Sequence[str], model: ModelConfig, base: EncodersConfig, seed: int = 0) -> EncodersConfig:
@@ -36,28 +33,13 @@ def make_tiny_encoders(folder: Path, *, captions: Sequence[str], model: ModelCon
         temporary.mkdir()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            _make_vae(temporary / "vae", latent_channels=model.latent_channels)
+            make_tiny_autoencoder(temporary / "vae", latent_channels=model.latent_channels, config=base)
             _make_t5(temporary / "t5", captions=captions, channels=model.text_dim)
             _make_clip(temporary / "clip", captions=captions, channels=model.vec_dim)
         (temporary / "done.json").write_text(json.dumps({"seed": seed}))
         if folder.exists():
             shutil.rmtree(folder)
     return config
-
-
-@torch.no_grad()
-def _make_vae(folder: Path, *, latent_channels: int) -> None:
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=latent_channels,
-        block_out_channels=(4, 4, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=1.0,
-    )
-    clip = torch.nn.functional.interpolate(torch.randn(1, 3, 5, 8, 8), size=(5, 64, 64), mode="trilinear").clamp(-1, 1)
-    std = float(vae.encode(clip).latent_dist.mean.std())
-    vae.register_to_config(scaling_factor=VAE_LATENT_STD / std)
-    vae.save_pretrained(str(folder))
 
 
 def _make_t5(folder: Path, *, captions: Sequence[str], channels: int) -> None:

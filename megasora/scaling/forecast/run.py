@@ -8,22 +8,10 @@ from megasora.config.pipeline_split import stage_parameters
 from megasora.config.schema import RunConfig
 from megasora.perf.hardware import Hardware
 from megasora.scaling.forecast.step import StepForecast
+from megasora.scaling.settings import Failures
 
 ASYNCHRONOUS_SHARE = 0.04
 """Stall of an asynchronous save over a synchronous one (benchmarks/results/2026-11-28_checkpoint_cpu.md: 0.035 to 0.043 at 2.3 GB)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failures:
-    """How often a job dies and what that costs."""
-
-    gpu_hours_between: float = 50_000.0
-    """GPU-hours of a job between two failures that end it. 419 unexpected interruptions in 54 days on 16,384 GPUs (The Llama 3 Herd of
-    Models, arXiv 2407.21783, section 3.3.4) are one in 50,700."""
-    restart_s: float = 300.0
-    """From a failure to the next step: notice, requeue, start, load (chosen; CPU runs took 16 to 47 s, a large one loads 200 GB)."""
-    straggling: float = 0.0
-    """Share by which a job's slowest GPU is slower than the others (0.02: 2 %); every step waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -241,8 +241,13 @@ def least_step_time(config: RunConfig, packs: StepPacks, *, world_size: int, har
 
 
 def _data_s(config: RunConfig, packs: StepPacks, *, hardware: Hardware) -> float:
-    """Seconds of the busiest rank in the encoders."""
-    return encoding_s(config, _most_clips(packs), ranks=config.parallel.model_parallel_size, hardware=hardware)
+    """Seconds of the busiest rank in the encoders, and of the host that makes its micro-batches where a step waits for it."""
+    encoded = encoding_s(config, _most_clips(packs), ranks=config.parallel.model_parallel_size, hardware=hardware)
+    if not hardware.feed_s:
+        return encoded
+    shares = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
+    most = max(sum(clip.tokens for pack in packs.computed(number) for clip in pack) for number in range(len(packs.replicas)))
+    return encoded + hardware.feed_s * most / shares
 
 
 def _stage_parts(config: RunConfig, replica: _Replica, stage: int, *, data: float, topology: Topology, hardware: Hardware) -> StepParts:

@@ -17,12 +17,13 @@ from megasora.config.schema import RunConfig
 from megasora.config.validate import problems
 from megasora.data.plan import PlannedClip
 from megasora.perf.hardware import Hardware
-from megasora.scaling.forecast.run import Failures, RunForecast, forecast_run
+from megasora.scaling.forecast.run import RunForecast, forecast_run
 from megasora.scaling.forecast.step import StepForecast, forecast_step, least_step_time, mean_forecast
 from megasora.scaling.plan.beside import beside
 from megasora.scaling.plan.reasons import RuledOut, Sieve
 from megasora.scaling.plan.space import Layout, Space, layouts
-from megasora.scaling.workload import Clips, StepPacks, planned_clips, steps_of
+from megasora.scaling.settings import Clips, Failures
+from megasora.scaling.workload import StepPacks, planned_clips, steps_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from megasora.data.loader import ClipLoader
 from megasora.data.plan import PlannedClip, request_of, start_of
 from megasora.diffusion.conditions import GivenFrames
 from megasora.diffusion.philox import Stream, key_of, uniform
+from megasora.models.autoencoders.posterior import Posterior
 from megasora.models.encoders.bundle import Encoders
-from megasora.models.encoders.posterior import Posterior
 from megasora.training.encode.plan import EncodePlan
 from megasora.training.encode.settings import OnProgress
 
@@ -89,7 +89,7 @@ class ShardMaker:
         members: dict[str, bytes] = {}
         if video is not None:
             members[MEMBERS[0]] = self._checked(
-                self._latents(sample, clip, normalise(video.to(self.encoders.vae.vae.device))), self.plan.layout.latents_of(clip)
+                self._latents(sample, clip, normalise(video.to(self.encoders.vae.device))), self.plan.layout.latents_of(clip)
             )
         if self.plan.settings.has_text:
             text, vec = self.encoders.encode_text([caption_of(clip)], max_tokens=clip.text_tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
-from megasora.config.validate import raise_on_problems, refuse_missing_autoencoder
+from megasora.config.validate import raise_on_problems
 from megasora.data.cache.identity import CacheSettings, kinds_of, layout_of_run, settings_of
 from megasora.data.cache.layout import CacheLayout, CacheSize, cache_size
 from megasora.data.manifest import SkippedRow, read_manifest
@@ -42,7 +42,6 @@ def plan_encode(config: RunConfig, settings: EncodeSettings) -> EncodePlan:
     Raises:
         UserError: the settings or the manifest do not allow it.
     """
-    refuse_missing_autoencoder(config)
     raise_on_problems(config, world_size=config.parallel.model_parallel_size, check_memory=False)
     if settings.samples_per_shard < 1:
         raise UserError(f"--samples_per_shard {settings.samples_per_shard} must be positive")

@@ -105,7 +105,7 @@ class CacheRecord:
             format=FORMAT,
             settings=settings,
             **self._identities,
-            scaling_factor=encoders.vae.scaling_factor if settings.has_latents else None,
+            scaling_factor=encoders.vae.facts.scaling_factor if settings.has_latents else None,
             decoder=decoder,
             versions=library_versions(),
             null_sha256=hashlib.sha256(null).hexdigest() if null is not None else None,

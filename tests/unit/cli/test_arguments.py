@@ -57,8 +57,10 @@ def commands(group: Group) -> dict[str, Command]:
         (["data", "filter", "t.parquet", "--output", "o", "--stage", "255px"], "invalid choice '255px' for argument '--stage'"),
         (["compare", "a"], "compare needs B (megasora compare --help"),
         (["validate", "tiny", "--gpus", "0"], "--gpus 0 must be a positive number"),
-        (["plan", "tiny", "--gpus", "8"], "plan: the layout planner is not available in this version"),
-        (["study", "--anything"], "study: scaling studies are not available in this version"),
+        (["plan", "tiny", "--gpus", "0"], "--gpus 0 must be a positive number"),
+        (["plan", "tiny", "--gpus", "8", "--gpu", "h100:ib1"], "there are ib200, ib400, ib800 and price=DOLLARS"),
+        (["plan", "tiny", "--gpus", "8", "--clips", "manifest"], "give one, or take --clips largest or drawn"),
+        (["study", "ran", "grid.yaml"], "no command ran; did you mean run?"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_cure(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,3 +185,27 @@ def test_the_command_line_lists_its_commands_without_anything_heavy() -> None:
         "print(sorted({'torch', 'numpy', 'av', 'megatron', 'pyarrow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_plan_for_programs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = ["--space.tp", "1", "2", "--space.pp", "1", "--space.cp", "1", "4", "--space.microbatches", "2", "--data.cache", "latents"]
+    cli.main(["plan", "opensora2_stage3", "--gpus", "192", "--json", "--sbatch", str(tmp_path / "job.sh"), *small])
+    answer = json.loads(capsys.readouterr().out)
+    plans = answer["plans"]
+    assert plans == sorted(plans, key=lambda plan: plan["step_time_s"])
+    for plan in plans:
+        assert plan.keys() >= {"overrides", "step_time_s", "mfu", "samples_per_s", "peak_memory_bytes", "gpu_hours", "cost_usd"}
+        _, args = parse(["validate", "opensora2_stage3", "--gpus", "192", *plan["overrides"]])
+        assert args.config.data.cache == "latents"
+        assert plan["gpu_hours"] == pytest.approx(plan["steps"] * plan["step_time_s"] * 192 / 3600 / plan["goodput"], rel=1e-6)
+    assert {one["constraint"] for one in answer["ruled_out"]} >= {"data.global_tokens"}
+    assert "--parallel.zero_stage" in (tmp_path / "job.sh").read_text()
+
+
+def test_a_plan_that_fits_nowhere_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", "opensora2_stage3", "--gpus", "1", "--gpu", "h100", "--data.cache", "x", "--json"])
+    assert end.value.code == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["plans"] == []
+    assert {one["constraint"] for one in answer["ruled_out"]} == {"memory"}

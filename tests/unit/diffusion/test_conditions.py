@@ -6,7 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasora.diffusion.conditions import condition_latent, draw_kind, given_frames, possible_kinds
+from megasora.diffusion.conditions import (
+    condition_latent,
+    draw_kind,
+    given_frames,
+    held,
+    holding_frames,
+    possible_kinds,
+    without_holding,
+)
 
 KINDS = {
     "t2v": ([], []),
@@ -82,3 +90,23 @@ def test_a_condition_leaves_at_least_one_frame_to_make(num_frames: int, fitting:
 )
 def test_kinds_are_drawn_by_their_weights(uniform: float, kind: str) -> None:
     assert draw_kind({"t2v": 1.0, "i2v_head": 2.0, "v2v_head": 9.0, "i2v_tail": 1.0}, num_frames=17, uniform=uniform) == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "frames", "shown"),
+    [
+        ("i2v_head", [0, 0, 0, *range(13)], [0, *range(1, 13)]),
+        ("i2v_tail", [*range(3, 16), 15, 15, 15], list(range(3, 16))),
+        ("i2v_loop", [0, 0, 0, *range(10), 9, 9, 9], list(range(10))),
+        ("v2v_head", list(range(16)), list(range(16))),
+        ("t2v", list(range(16)), list(range(16))),
+    ],
+)
+def test_without_causality_a_given_picture_is_held_for_a_latent_frame(kind: str, frames: list[int], shown: list[int]) -> None:
+    """prepare_visual_condition_uncausal with pad, and what api_fn removes after decoding."""
+    video = torch.arange(16.0).view(1, 16, 1, 1).expand(3, -1, 2, 2)
+    holding = holding_frames(kind, temporal_compression=4, causal=False)
+    made = held(video, holding)
+    assert made[0, :, 0, 0].tolist() == frames
+    assert without_holding(made, holding)[0, :, 0, 0].tolist() == shown
+    assert holding_frames(kind, temporal_compression=4, causal=True) == (0, 0)

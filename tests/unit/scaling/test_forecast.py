@@ -20,10 +20,11 @@ from megasora.perf.profiles import H100
 from megasora.scaling.forecast.block import LAUNCHES, PackWork, backward_cost, forward_cost, linear_flops, setting_of
 from megasora.scaling.forecast.chunk import END_LAUNCHES
 from megasora.scaling.forecast.cost import StepParts
-from megasora.scaling.forecast.encoders import encode_flops, tiled
+from megasora.scaling.forecast.encoders import encode_flops
 from megasora.scaling.forecast.exchange import Beside, data_parallel_s
-from megasora.scaling.forecast.run import Failures, forecast_run
+from megasora.scaling.forecast.run import forecast_run
 from megasora.scaling.forecast.step import StepForecast, forecast_step
+from megasora.scaling.settings import Failures
 from megasora.scaling.workload import planned_clips, steps_of
 from tests.pool import RankPool
 
@@ -77,11 +78,6 @@ def test_ulysses_sends_8_s_h_and_a_ring_hides_behind_attention() -> None:
     slow = replace(H100, links=(Link(bytes_per_s=1e9, latency_s=0.0, ranks=8, source=""),))
     exposed = forward_cost(setting_of(run_of(context_parallel_size=4, context_parallel_backend="ring"), hardware=slow), share, double=True)
     assert exposed.context_parallel > 0
-        forward_cost(
-            setting_of(run_of(context_parallel_size=4, context_parallel_backend="ring"), hardware=slow), share, double=True
-        ).context_parallel
-        > 0
-    )
 
 
 @pytest.mark.parametrize(("mode", "more"), [("none", 0.0), ("full", 1.0)])
@@ -120,8 +116,6 @@ def test_a_steps_parts_add_up_and_the_largest_clips_reach_the_published_order() 
 def test_encoding_is_shared_out_and_gone_with_a_cache() -> None:
     config = recipes.get("opensora2_stage3")
     (clip,) = planned_clips(config)
-    assert tiled(256, config.encoders) == 256
-    assert tiled(768, config.encoders) == 256 + 256 + 256 + 192
     assert encode_flops(clip, config.encoders) == pytest.approx(1_111e12 + 2 * 4.76e9 * 512, rel=0.005)  # dc_ae.md: 1,111 TFLOP
     (packs,) = steps_of(config, (clip,), world_size=192)
     beside = forecast_step(config, packs, world_size=192, hardware=load_hardware("h200"))

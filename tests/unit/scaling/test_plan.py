@@ -19,7 +19,9 @@ from megasora.scaling.plan.search import Question, search
 from megasora.scaling.plan.space import Layout, Space, layouts
 from megasora.scaling.workload import planned_clips, steps_of
 
-SMALL = Space(tp=(1, 2, 4), pp=(1, 2, 4), vp=(1, 2), cp=(1, 2, 4), recompute=("none", "selective", "full"), microbatches=(1, 2, 4, 8))
+SMALL = Space(
+    tp=(1, 2, 4), pp=(1, 2, 4), vp=(1, 2), cp=(1, 4), zero=(1, 3), recompute=("none", "selective", "full"), microbatches=(1, 4, 8)
+)
 
 
 def recipe(name: str) -> RunConfig:

@@ -139,3 +139,9 @@ def test_status_shows_each_end_and_the_mistake(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         cli.main(["slurm", "status", str(tmp_path / "none")])
     assert "no run has begun there" in capsys.readouterr().err
+
+
+def test_each_autoencoder_has_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    text = rendered(["opensora2_dc_ae", "--nodes", "20"], capsys)
+    assert '--encoders.vae "$ENCODERS/dc-ae"' in text and "hunyuan" not in text
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)

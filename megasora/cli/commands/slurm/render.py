@@ -13,7 +13,7 @@ from megasora.cli.recipe_arguments import RecipeArgs, config_defaults, config_na
 from megasora.config.errors import UserError
 from megasora.config.files import written_whole
 from megasora.config.schema import RunConfig
-from megasora.config.validate import raise_on_problems, refuse_missing_autoencoder
+from megasora.config.validate import raise_on_problems
 from megasora.slurm.flags import changed_flags
 from megasora.slurm.job import PREEMPTIBLE_INTERVAL_STEPS, Launcher, SlurmJob, check_job
 from megasora.slurm.template import GIVEN, render
@@ -47,7 +47,7 @@ class Args(RecipeArgs):
     run: str | None = None
     """Run of the stage before, as --init.run (RUN)."""
     encoders_dir: str | None = None
-    """Folder with hunyuan-vae, t5-v1_1-xxl and clip-vit-large-patch14 (ENCODERS)."""
+    """Folder with hunyuan-vae (or dc-ae, for opensora2_dc_ae), t5-v1_1-xxl and clip-vit-large-patch14 (ENCODERS)."""
     launcher: Launcher = "srun"
     """srun: a task a rank. torchrun: a task a node, which starts its ranks again when one crashes, without a new place in the queue."""
     preemptible: bool = False
@@ -73,7 +73,6 @@ def run(args: Args) -> Answer:
     """The file, or the problems that its job would end with."""
     job = _job(args)
     check_job(job)
-    refuse_missing_autoencoder(job.config)
     raise_on_problems(job.config, world_size=job.world_size, check_memory=job.on_gpus)
     text = render(job)
     if args.output is not None:

@@ -14,8 +14,8 @@ from megasora import recipes
 from megasora.config.errors import UserError
 from megasora.config.schema import EncodersConfig
 from megasora.diffusion.philox import normal_at
+from megasora.models.autoencoders.posterior import Posterior
 from megasora.models.encoders.bundle import load_encoders
-from megasora.models.encoders.posterior import Posterior
 from megasora.models.encoders.tiny import make_tiny_encoders
 
 CAPTIONS = ["A rabbit in a meadow", "Colour bars that turn", "A man in a moving car"]
@@ -57,7 +57,7 @@ def test_latents_are_multiplied_at_encoding_and_divided_at_decoding(config: Enco
     assert abs(vae.scaling_factor - 1) > 0.1
     assert torch.equal(vae.encode(clip), raw * vae.scaling_factor)
     with torch.no_grad():
-        decoded = vae.vae.decode(raw[None]).sample[0]
+        decoded = vae.module.decode(raw[None]).sample[0]
     torch.testing.assert_close(vae.decode(raw * vae.scaling_factor), decoded)
 
 
@@ -83,7 +83,7 @@ def test_they_are_the_same_every_time(config: EncodersConfig, tmp_path: Path) ->
 def test_wrong_folders_and_sizes_are_refused(config: EncodersConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder given for --encoders.vae"):
         load_encoders(replace(config, vae=None), model=TINY.model, device=CPU)
-    with pytest.raises(UserError, match="no diffusers folder"):
+    with pytest.raises(UserError, match="no autoencoder's folder"):
         load_encoders(replace(config, vae=str(tmp_path)), model=TINY.model, device=CPU)
     with pytest.raises(UserError, match="t5 channels are 64"):
         load_encoders(config, model=replace(TINY.model, text_dim=128), device=CPU)

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
-from megasora.models.encoders.tiling import Tiling, tiled
-from megasora.models.encoders.vae import HunyuanVAE
+from megasora.models.autoencoders.autoencoder import Autoencoder
+from megasora.models.autoencoders.hunyuan import HunyuanNetwork
+from megasora.models.autoencoders.tiling import Cut, Steps, Tiling, tiled
 from tests.pool import RankPool
 
 
@@ -27,7 +28,7 @@ def noise(*shape: int) -> Tensor:
 @pytest.mark.parametrize("frames", [33, 65])
 def test_a_clip_is_encoded_and_decoded_in_one_call_of_the_networks(frames: int) -> None:
     vae = tiny_vae()
-    ours = HunyuanVAE(vae, tiling=Tiling(size=256, overlap=0.25))
+    ours = Autoencoder(HunyuanNetwork(vae), tiling=Tiling(size=256, overlap=0.25))
     clip = noise(3, frames, 16, 24)
     with torch.no_grad():
         mean = vae.quant_conv(vae.encoder(clip[None]))[0].chunk(2)[0]
@@ -66,7 +67,7 @@ def published(whole: Tensor, through: object, *, before: int, after: int) -> Ten
 @pytest.mark.parametrize("size", [(80, 48), (56, 112), (48, 32)])
 def test_tiles_are_blended_as_published(size: tuple[int, int]) -> None:
     vae = tiny_vae()
-    ours = HunyuanVAE(vae, tiling=Tiling(size=32, overlap=0.25))
+    ours = Autoencoder(HunyuanNetwork(vae), tiling=Tiling(size=32, overlap=0.25))
     clip = noise(3, 5, *size)
     with torch.no_grad():
         moments = published(clip[None], lambda tile: vae.quant_conv(vae.encoder(tile)), before=32, after=4)[0]
@@ -77,14 +78,14 @@ def test_tiles_are_blended_as_published(size: tuple[int, int]) -> None:
     torch.testing.assert_close(posterior.mean, mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(posterior.std, torch.exp(log_variance / 2), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.decode(mean * 0.5), pixels, rtol=1e-6, atol=1e-6)
-    whole = HunyuanVAE(vae, tiling=None).posterior(clip).mean
+    whole = Autoencoder(HunyuanNetwork(vae), tiling=None).posterior(clip).mean
     assert float((whole - mean).abs().max()) > 1e-3  # it did cut
 
 
 def test_tiles_agree_with_diffusers_own_at_the_published_size() -> None:
     vae = tiny_vae()
     clip = noise(3, 1, 448, 264)
-    ours = HunyuanVAE(vae, tiling=Tiling(size=256, overlap=0.25)).encode(clip)
+    ours = Autoencoder(HunyuanNetwork(vae), tiling=Tiling(size=256, overlap=0.25)).encode(clip)
     vae.use_framewise_encoding = False
     vae.enable_tiling()  # its defaults: 256 pixels, stride 192
     with torch.no_grad():
@@ -95,19 +96,23 @@ def test_tiles_agree_with_diffusers_own_at_the_published_size() -> None:
 def test_a_picture_of_one_tile_is_not_cut() -> None:
     vae = tiny_vae()
     clip = noise(3, 1, 32, 32)
-    assert torch.equal(HunyuanVAE(vae, tiling=Tiling(size=32, overlap=0.25)).encode(clip), HunyuanVAE(vae, tiling=None).encode(clip))
+    assert torch.equal(
+        Autoencoder(HunyuanNetwork(vae), tiling=Tiling(size=32, overlap=0.25)).encode(clip),
+        Autoencoder(HunyuanNetwork(vae), tiling=None).encode(clip),
+    )
 
 
 def test_each_line_of_an_overlap_goes_over_linearly() -> None:
     # tiles of 8 at 0 and 6 that hold their corner's x: over the overlap of 2 the first's 0 goes to the second's 6 in steps of 1/2
-    whole = torch.arange(12.0).expand(1, 8, 12)
-    made = tiled(whole, lambda tile: tile[..., :1].expand_as(tile).clone(), tile=(8, 8), overlap=0.25)
+    whole = torch.arange(12.0).expand(1, 1, 8, 12)
+    steps = Steps(before=8, after=8, overlap=0.25)
+    made = tiled(whole, lambda tile: tile[..., :1].expand_as(tile).clone(), cut=Cut(space=steps))
     assert made is not None
-    assert made[0, 0].tolist() == [0.0] * 6 + [0.0, 3.0] + [6.0] * 4
+    assert made[0, 0, 0].tolist() == [0.0] * 6 + [0.0, 3.0] + [6.0] * 4
 
 
 def decoded_on_ranks(rank: int, size: tuple[int, int], to: int) -> tuple[Tensor | None, Tensor | None]:
-    vae = HunyuanVAE(tiny_vae(), tiling=Tiling(size=32, overlap=0.25))
+    vae = Autoencoder(HunyuanNetwork(tiny_vae()), tiling=Tiling(size=32, overlap=0.25))
     latent = noise(4, 3, *size)
     alone = vae.decode(latent)
     return vae.decode(latent, group=dist.group.WORLD, to=to), alone
