@@ -323,10 +323,9 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Training waits for a copy into host memory only, threads write it; otherwise it waits until the checkpoint is on disk."""
     local_dir: str | None = None
-    """Folder on each node's own disk for copies that are made more often than checkpoints: a run that comes back on the same nodes in the
-    same layout goes on from the newest one. Each rank writes all that it holds, the newest two stay. None makes none."""
+    """Folder on each node's own disk for copies between checkpoints, used where a run comes back on the same nodes in the same layout."""
     local_interval_steps: int = 0
-    """Steps between copies in local_dir."""
+    """Steps between copies in local_dir, of which the newest two stay."""
     take_over: bool = False
     """Take the run folder from another run that is alive; that one stops at its next step."""
 
