@@ -143,7 +143,9 @@ def recompute_traffic(
     """
     h, layers = model.hidden_size, 2 * double + single
     rows = itemsize * (12 * double + 3 * single) * samples * h
-    over_tp = Traffic(all_gather=itemsize * layers * tokens * h + rows, reduce_scatter=itemsize * layers * tokens * h) if tp > 1 else Traffic()
+    over_tp = (
+        Traffic(all_gather=itemsize * layers * tokens * h + rows, reduce_scatter=itemsize * layers * tokens * h) if tp > 1 else Traffic()
+    )
     elements = (double + single) * tokens * h // tp
     exchanged = Traffic(all_to_all=itemsize * 4 * elements) if ulysses > 1 else Traffic()
     passed_on = Traffic(send=itemsize * 2 * (ring - 1) * elements)

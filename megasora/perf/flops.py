@@ -74,7 +74,11 @@ def rank_flops(
     h, f, n = model.hidden_size, model.ffn_hidden_size, pack.samples
     linear, pairs = 2 * pack.tokens * (4 * h * h + 2 * h * f) // tp, 4 * pack.pairs * h // (tp * ulysses)  # of a block of either kind
     rows = 2 * n * h * h // tp  # of H rows a sample of a modulation
-    in_block: dict[LayerKind, tuple[int, int]] = {"blocks": (linear, linear), "attention": (pairs, pairs), "modulation": (12 * rows, 3 * rows)}
+    in_block: dict[LayerKind, tuple[int, int]] = {
+        "blocks": (linear, linear),
+        "attention": (pairs, pairs),
+        "modulation": (12 * rows, 3 * rows),
+    }
     found = []
     for kind, (double, single) in in_block.items():
         forward = stage.num_double * double + stage.num_single * single

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from megasora.checkpoint.verification import newest_good
 from megasora.checkpoint.writer import CheckpointWriter, Event, Retention
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
+from megasora.config.run_basics import RunBasics
 from megasora.config.schema import RunConfig
 from megasora.data.plan import SamplerState
 from megasora.models.mmdit.sharded_state import model_tensors
@@ -29,7 +31,17 @@ from megasora.training.optimizer import ensure_adam_state, refresh_masters
 from megasora.training.state import optimizer_tensors
 from megasora.training.step import Trainee
 
-DECIDES_SAMPLES = ("seed", "global_tokens", "data_sha256")
+
+class Progress(Protocol):
+    """How far who is trained has come."""
+
+    step: int
+    sampler: SamplerState
+    samples_seen: int
+
+
+Learns = TypeVar("Learns", bound=Progress)
+DECIDES_SAMPLES = ("seed", "global_tokens", "batch_size", "image_share", "data_sha256")
 """Facts of a run without which a position of its sampler means nothing."""
 
 
@@ -56,8 +68,8 @@ def held_lease(root: Path, *, take_over: bool) -> Iterator[Lease | None]:
             lease.release()
 
 
-class Checkpoints:
-    """Saves and resumes a trainee.
+class RunCheckpoints(ABC, Generic[Learns]):
+    """Saves and resumes a trainee; a kind of run says what goes in.
 
     Args:
         root: folder of the checkpoints.
@@ -67,7 +79,7 @@ class Checkpoints:
         data_sha256: of the manifest that is trained on.
     """
 
-    def __init__(self, root: Path, *, lease: Lease | None, config: RunConfig, context: ParallelContext, data_sha256: str) -> None:
+    def __init__(self, root: Path, *, lease: Lease | None, config: RunBasics, context: ParallelContext, data_sha256: str) -> None:
         self.root, self.config, self.context, self.data_sha256 = root, config, context, data_sha256
         self._lease = lease
         settings = config.checkpoint
@@ -77,16 +89,16 @@ class Checkpoints:
     @property
     def data_key(self) -> str:
         """Eight digits for the data, the budget and the seed: positions of the sampler mean something under this key only."""
-        facts = {name: value for name, value in self._same_in_a_run().items() if name in DECIDES_SAMPLES}
+        facts = {name: value for name, value in self.same_in_a_run().items() if name in DECIDES_SAMPLES}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
-    def save(self, trainee: Trainee, *, guard: Guard) -> None:
+    def save(self, trainee: Learns, *, guard: Guard) -> None:
         """Start a checkpoint; `happened` tells what became of it. All ranks call it together.
 
         Raises:
             UserError: another run has taken over.
         """
-        self._writer.save(step=trainee.step, tensors=self._tensors(trainee), state=self._state(trainee, guard))
+        self._writer.save(step=trainee.step, tensors=self.tensors(trainee), state=self._state(trainee, guard))
 
     def happened(self, *, last: bool) -> list[Event]:
         """What was saved or failed since the last call; all ranks call it after every step. `last`: wait for what is under way.
@@ -110,7 +122,7 @@ class Checkpoints:
         """The end of a run however it came; a save that is under way is given up."""
         self._writer.abandon()
 
-    def resume(self, trainee: Trainee, *, guard: Guard) -> Event | None:
+    def resume(self, trainee: Learns, *, guard: Guard) -> Event | None:
         """Load the newest undamaged checkpoint, if any; all ranks agree on which. Returns the event. A save under way is waited for.
 
         Raises:
@@ -121,7 +133,7 @@ class Checkpoints:
         if found.folder is None:
             return None
         changed = self._changed_data(found.manifest["state"], found.folder)
-        self._load(trainee, found.folder, found.manifest)
+        self.load(trainee, found.folder, found.manifest)
         if "guard" in found.manifest["state"]:
             guard.restore(found.manifest["state"]["guard"])
         data = self._begin_elsewhere(trainee, guard, changed) if changed else {}
@@ -132,53 +144,41 @@ class Checkpoints:
         event = {"event": "restart", "from": found.folder.name, "step": trainee.step, "note": f"resumed{ignored}", **data}
         return {**event, "refused": refused} if refused else event
 
-    def _begin_elsewhere(self, trainee: Trainee, guard: Guard, changed: list[str]) -> dict[str, Any]:
+    @abstractmethod
+    def tensors(self, trainee: Learns) -> dict[str, Any]:
+        """This rank's rectangles of everything that changes."""
+
+    @abstractmethod
+    def load(self, trainee: Learns, folder: Path, facts: dict[str, Any]) -> None:
+        """Fill the trainee from a checkpoint and its manifest."""
+
+    @abstractmethod
+    def same_in_a_run(self) -> dict[str, Any]:
+        """Facts that a run keeps; those of DECIDES_SAMPLES may change with resume_data."""
+
+    def own_state(self, trainee: Learns) -> dict[str, Any]:
+        """What else the manifest keeps."""
+        return {}
+
+    def _state(self, trainee: Learns, guard: Guard) -> dict[str, Any]:
+        """What the manifest keeps beside the tensors."""
+        return {
+            "recipe": self.config.recipe,
+            "sampler": asdict(trainee.sampler),
+            "samples_seen": trainee.samples_seen,
+            "guard": guard.state(),
+            "ema_decay": self.config.optimizer.ema_decay,
+            **self.own_state(trainee),
+            **self.same_in_a_run(),
+        }
+
+    def _begin_elsewhere(self, trainee: Learns, guard: Guard, changed: list[str]) -> dict[str, Any]:
         """Move the sampler of a run whose data have changed; what the event says of it."""
         at = trainee.sampler
         next_epoch = at.epoch + (at.consumed > 0)
         trainee.sampler = SamplerState(epoch=next_epoch if self.config.resume_data == "epoch" else 0)
         guard.left_out.clear()  # positions in data that are no more
         return {"data": f"epoch {trainee.sampler.epoch} begins, for {' and '.join(changed)}"}
-
-    def _load(self, trainee: Trainee, folder: Path, facts: dict[str, Any]) -> None:
-        ensure_adam_state(trainee.optimizer, step=facts["step"])
-        store.load(folder, self._tensors(trainee))
-        if trainee.megatron_config.params_dtype == torch.float32:
-            refresh_masters(trainee.optimizer)
-        ensure_adam_state(trainee.optimizer, step=facts["step"])
-        trainee.step = facts["step"]
-        trainee.sampler = SamplerState(**facts["state"]["sampler"])
-        trainee.samples_seen = facts["state"]["samples_seen"]
-
-    def _tensors(self, trainee: Trainee) -> dict[str, Any]:
-        reshard(trainee.chunks)
-        model, context = self.config.model, self.context
-        return {
-            **model_tensors(trainee.chunks, model=model, context=context),
-            **optimizer_tensors(trainee.chunks, trainee.optimizer, trainee.ema, model=model, context=context),
-        }
-
-    def _state(self, trainee: Trainee, guard: Guard) -> dict[str, Any]:
-        """What the manifest keeps beside the tensors."""
-        return {
-            "recipe": self.config.recipe,
-            "parallel": to_dict(self.config.parallel),
-            "sampler": asdict(trainee.sampler),
-            "samples_seen": trainee.samples_seen,
-            "guard": guard.state(),
-            "ema_decay": self.config.optimizer.ema_decay,
-            **self._same_in_a_run(),
-        }
-
-    def _same_in_a_run(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "model": to_dict(config.model),
-            "dtype": config.precision.dtype,
-            "seed": config.train.seed,
-            "global_tokens": config.data.global_tokens,
-            "data_sha256": self.data_sha256,
-        }
 
     def _changed_data(self, state: dict[str, Any], folder: Path) -> list[str]:
         """What decides which samples come, and is another than in the checkpoint; empty when the run goes on exactly.
@@ -187,10 +187,10 @@ class Checkpoints:
             UserError: the checkpoint is of another model or format, or of other data and the run does not say how to go on.
         """
         changed = []
-        for name, value in self._same_in_a_run().items():
-            if state[name] == value:
+        for name, value in self.same_in_a_run().items():
+            if state.get(name) == value:
                 continue
-            was, now = _first_difference(state[name], value)
+            was, now = _first_difference(state.get(name), value)
             moves = name in DECIDES_SAMPLES
             if not moves or self.config.resume_data == "exact":
                 choice = "--resume_data epoch (or restart) to go on with the new data, " if moves else ""
@@ -203,6 +203,49 @@ class Checkpoints:
             has = "has" if state["ema_decay"] > 0 else "lacks"
             raise UserError(f"checkpoint {folder} {has} an EMA; keep optimizer.ema_decay as it was")
         return changed
+
+
+class Checkpoints(RunCheckpoints["Trainee"]):
+    """Those of a diffusion transformer."""
+
+    def __init__(self, root: Path, *, lease: Lease | None, config: RunConfig, context: ParallelContext, data_sha256: str) -> None:
+        super().__init__(root, lease=lease, config=config, context=context, data_sha256=data_sha256)
+        self.run = config
+
+    def load(self, trainee: Trainee, folder: Path, facts: dict[str, Any]) -> None:
+        """See `RunCheckpoints.load`."""
+        ensure_adam_state(trainee.optimizer, step=facts["step"])
+        store.load(folder, self.tensors(trainee))
+        if trainee.megatron_config.params_dtype == torch.float32:
+            refresh_masters(trainee.optimizer)
+        ensure_adam_state(trainee.optimizer, step=facts["step"])
+        trainee.step = facts["step"]
+        trainee.sampler = SamplerState(**facts["state"]["sampler"])
+        trainee.samples_seen = facts["state"]["samples_seen"]
+
+    def tensors(self, trainee: Trainee) -> dict[str, Any]:
+        """See `RunCheckpoints.tensors`."""
+        reshard(trainee.chunks)
+        model, context = self.run.model, self.context
+        return {
+            **model_tensors(trainee.chunks, model=model, context=context),
+            **optimizer_tensors(trainee.chunks, trainee.optimizer, trainee.ema, model=model, context=context),
+        }
+
+    def own_state(self, trainee: Trainee) -> dict[str, Any]:
+        """See `RunCheckpoints.own_state`."""
+        return {"parallel": to_dict(self.run.parallel)}
+
+    def same_in_a_run(self) -> dict[str, Any]:
+        """See `RunCheckpoints.same_in_a_run`."""
+        config = self.run
+        return {
+            "model": to_dict(config.model),
+            "dtype": config.precision.dtype,
+            "seed": config.train.seed,
+            "global_tokens": config.data.global_tokens,
+            "data_sha256": self.data_sha256,
+        }
 
 
 def _first_difference(was: Any, now: Any) -> tuple[str, str]:

@@ -70,9 +70,7 @@ def _all(args: Args) -> Answer:
         runs = dry_run_all(
             args.config, world_size=args.gpus, clips=args.clips, advance=lambda done, total: bar.update(done, total, failed=0)
         )
-    classes = [
-        {"class": to_dict(one.of), "run": to_dict(one.run), "compared": to_dict(compare(one.run, args.config))} for one in runs
-    ]
+    classes = [{"class": to_dict(one.of), "run": to_dict(one.run), "compared": to_dict(compare(one.run, args.config))} for one in runs]
     data = {"recipe": args.config.recipe, "world_size": args.gpus, "classes": classes}
     return Answer(data=data, show=lambda: show_classes(runs, args.config))
 

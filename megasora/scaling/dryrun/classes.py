@@ -76,7 +76,9 @@ def classes_of_step(config: RunConfig, step: StepPacks, *, world_size: int) -> l
                         samples=sum(len(pack) for pack in shapes),
                         tokens=sum(shape.tokens for pack in shapes for shape in pack),
                         match="same" if exact else "at most",
-                        why=_why(topology, replicas=len(replicas), exact=exact, apart=len(ring_ranks) < topology.cp // ulysses_size(config)),
+                        why=_why(
+                            topology, replicas=len(replicas), exact=exact, apart=len(ring_ranks) < topology.cp // ulysses_size(config)
+                        ),
                     )
                 )
     return found

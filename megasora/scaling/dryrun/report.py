@@ -76,7 +76,9 @@ def _flops(run: DryRun) -> Table:
     table.add_section()
     table.add_row("all", *(f"{sum(row[place] for row in rows.values()) / 1e12:,.3f}" for place in range(4)))
     for part in run.bytes_moved:
-        table.caption = (f"{table.caption}, " if table.caption else "bytes moved by everything else: ") + f"{part.name} {_gb(part.bytes)} GB"
+        table.caption = (
+            f"{table.caption}, " if table.caption else "bytes moved by everything else: "
+        ) + f"{part.name} {_gb(part.bytes)} GB"
     return table
 
 
@@ -100,7 +102,9 @@ def _memory(run: DryRun) -> Table:
             table.add_row(name, f"{_gb(size)} GB")
     for part in memory.at_peak:
         if part.bytes >= 5e6:
-            table.add_row(f"  allocated in {part.name}" if part.name in ("forward", "backward", "recompute") else f"  {part.name}", _gb(part.bytes))
+            table.add_row(
+                f"  allocated in {part.name}" if part.name in ("forward", "backward", "recompute") else f"  {part.name}", _gb(part.bytes)
+            )
     table.add_section()
     table.add_row("all", f"{_gb(memory.total)} GB")
     return table

@@ -165,7 +165,10 @@ def _past_the_first_step(trainee: Trainee) -> None:
 
 
 def _inputs(batch: StepBatch, packs: list[Pack]) -> list[torch.Tensor]:
-    return [*(tensor for micro in batch.batches for tensor in tensors_of(micro)), *(table for pack in set(packs) for table in tables_of(pack))]
+    return [
+        *(tensor for micro in batch.batches for tensor in tensors_of(micro)),
+        *(table for pack in set(packs) for table in tables_of(pack)),
+    ]
 
 
 def _step(trainee: Trainee, batch: StepBatch, *, config: RunConfig, context: ParallelContext, recorder: Recorder) -> None:

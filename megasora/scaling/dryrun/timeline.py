@@ -100,9 +100,7 @@ class Timeline:
         with place.during(phase):
             yield
         place.chunk, place.microbatch = outer
-        self.events.append(
-            Event(phase=phase, chunk=chunk, microbatch=microbatch, before=before, peak=self._event_peak, after=self.total)
-        )
+        self.events.append(Event(phase=phase, chunk=chunk, microbatch=microbatch, before=before, peak=self._event_peak, after=self.total))
 
     @contextmanager
     def following_resizes(self) -> Iterator[None]:
