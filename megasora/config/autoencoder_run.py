@@ -54,14 +54,14 @@ class LossConfig:
     lpips_weight: float = 0.5
     """P3: 0.5. HunyuanVideo's: 0.1."""
     lpips: str | None = None
-    """Folder of LPIPS's weights: torchvision's vgg16 or alexnet and lpips/weights/v0.1's lin layers. Never random where the weight is not 0.
+    """Folder of LPIPS's weights: torchvision's vgg16 or alexnet and lpips/weights/v0.1's lin layers. Never random.
     repo: VGG16 (opensora/models/vae/lpips.py)."""
     kl_weight: float = 0.0
     """Of the KL divergence from a normal distribution. HunyuanVideo's: 1e-6; a DC-AE has none."""
     reduction: Literal["sum", "mean"] = "mean"
     """sum, as published (repo opensora/models/vae/losses.py): a frame's loss is the sum over its channels and pixels, a clip's the mean of
-    its frames', its KL the sum over its latent. mean: the same divided by the 3 H W of a frame, so that a number means the same at each size
-    and clip_grad, the guard and the constants of the adaptive weight work on numbers near 1. Adam's step is nearly the same either way."""
+    its frames', its KL the sum over its latent. mean: the same divided by a frame's 3 H W, so that a number means the same at each
+    size and clip_grad, the guard and the constants of the adaptive weight work on numbers near 1. Adam's step is nearly the same either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class DiscriminatorConfig:
     num_layers: int = 5
     """Layers that halve height and width; the first two halve the frames too."""
     norm: Literal["clip", "group", "none"] = "clip"
-    """clip: each channel over the clip's own places and frames, which is what the published batch norm does at its batch of one clip per GPU.
+    """clip: each channel over the clip's own places and frames, which the published batch norm does at its batch of one clip per GPU.
     A norm over several clips would make a clip's loss depend on which others are on its rank. group: over 32 groups of channels."""
     dropout: float = 0.3
     """After each normed layer (repo); its draws are functions of the sample and the step."""

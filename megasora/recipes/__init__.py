@@ -1,4 +1,5 @@
-"""Recipes (layer L1): functions that return a RunConfig, or an AutoencoderRunConfig for `megasora train-ae`. A recipe holds the published numbers, each with its source."""
+"""Recipes (layer L1): functions that return a RunConfig, or an
+AutoencoderRunConfig for `megasora train-ae`. A recipe holds the published numbers, each with its source."""
 
 from __future__ import annotations
 

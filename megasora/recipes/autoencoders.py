@@ -1,5 +1,7 @@
-"""Recipes of `megasora train-ae`. "P3" is arXiv 2503.09642v3 section 4.4, "repo" hpcaitech/Open-Sora configs/vae/train and opensora/models/vae
-(at 7ad6a96), "history" the same repository's public commit c4f981b, which still has the configs removed at release.
+"""Recipes of `megasora train-ae`.
+
+"P3" is arXiv 2503.09642v3 section 4.4, "repo" hpcaitech/Open-Sora configs/vae/train and opensora/models/vae (at 7ad6a96), "history" the
+same repository's public commit c4f981b, which still has the configs removed at release.
 
 Where P3 and repo disagree the released DC-AE followed repo (its run's name and settings), and so do these; the other number stands beside.
 """
@@ -23,8 +25,8 @@ from megasora.config.schema import CheckpointConfig, OptimizerConfig, TrainConfi
 
 
 def _adam(lr: float, *, ema_decay: float = 0.0) -> OptimizerConfig:
-    """repo: HybridAdam with adamw, betas 0.9 and 0.98, eps 1e-8, no decay, gradients clipped at norm 1, no warm-up. P3: AdamW, betas 0.9 and
-    0.999, eps 1e-15."""
+    """repo: HybridAdam with adamw, betas 0.9 and 0.98, eps 1e-8, no decay, gradients clipped at norm 1, no warm-up. P3: AdamW, betas
+    0.9 and 0.999, eps 1e-15."""
     return OptimizerConfig(lr=lr, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.0, clip_grad=1.0, warmup_steps=0, ema_decay=ema_decay)
 
 
@@ -130,7 +132,7 @@ def hunyuan_vae_finetune() -> AutoencoderRunConfig:
 def tiny_ae() -> AutoencoderRunConfig:
     """A small DC-AE (4x8x8) on 64px clips that it makes itself, with a small discriminator from half-way. For laptops and tests."""
     sizes = DCAEConfig(
-        widths=(16, 32, 64, 64),
+        widths=(8, 16, 32, 32),
         encoder_depths=(1, 1, 1, 1),
         decoder_depths=(1, 1, 1, 1),
         attention_from=3,
@@ -145,7 +147,7 @@ def tiny_ae() -> AutoencoderRunConfig:
         loss=LossConfig(distance="l1", lpips_weight=0.0, reduction="mean"),
         discriminator=DiscriminatorConfig(
             weight=0.05,
-            start_step=150,
+            start_step=80,
             width=16,
             num_layers=3,
             dropout=0.0,
@@ -153,15 +155,15 @@ def tiny_ae() -> AutoencoderRunConfig:
         ),
         precision=AutoencoderPrecisionConfig(dtype="fp32"),
         data=AutoencoderDataConfig(
-            batch_size=4,
+            batch_size=2,
             image_share=0.2,
             resolution="64px",
             aspect="square",
             frame_counts=(8, 1),
             target_fps=12.0,
         ),
-        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=10, beta2=0.98, eps=1e-8, ema_decay=0.95),
-        checkpoint=CheckpointConfig(interval_steps=50, keep=3),
-        evaluation=AutoencoderEvalConfig(interval_steps=50),
-        train=TrainConfig(steps=300, log_interval_steps=10),
+        optimizer=OptimizerConfig(lr=4e-3, warmup_steps=10, beta2=0.98, eps=1e-8, ema_decay=0.95),
+        checkpoint=CheckpointConfig(interval_steps=40, keep=3),
+        evaluation=AutoencoderEvalConfig(interval_steps=20),
+        train=TrainConfig(steps=160, log_interval_steps=10),
     )

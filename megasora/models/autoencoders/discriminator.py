@@ -114,5 +114,5 @@ class ClipDiscriminator(nn.Module):
 
 
 def smallest_side(num_layers: int) -> int:
-    """Pixels a side that a discriminator of so many halvings needs to be left with two rows of patches, which a norm over a picture needs."""
+    """Pixels a side that leave two rows of patches after so many halvings, which a norm over a picture needs."""
     return int(2 ** (num_layers + 1))

@@ -1,8 +1,8 @@
 """Losses of one clip and their gradients, added up in the parameters. No collective, no optimizer: what tests compare over ranks.
 
-The reconstruction's graph is walked once. Losses of pixels, LPIPS and the discriminator are differentiated down to the reconstruction first;
-the adaptive weight needs only the last convolution's gradient of either; then their sum goes back through the autoencoder. The discriminator's
-own loss takes the same reconstruction, as it does when the two step one after the other.
+The reconstruction's graph is walked once. Losses of pixels, LPIPS and the discriminator are differentiated down to the reconstruction
+first; the adaptive weight needs only the last convolution's gradient of either; then their sum goes back through the autoencoder. The
+discriminator's own loss takes the same reconstruction, as it does when the two step one after the other.
 """
 
 from __future__ import annotations

@@ -88,7 +88,5 @@ def fill_from_run(module: nn.Module, start: AutoencoderStart) -> None:
     wrong = [name for name in {**state, **reader.infos} if name not in state or name not in reader.infos]
     wrong += [name for name, tensor in state.items() if name in reader.infos and reader.infos[name].shape != tuple(tensor.shape)]
     if wrong:
-        raise UserError(
-            f"init.run {start.checkpoint} is of an autoencoder of other sizes, the first tensor {wrong[0]}; change --autoencoder.*"
-        )
+        raise UserError(f"init.run {start.checkpoint} is of other sizes, the first tensor {wrong[0]}; change --autoencoder.*")
     module.load_state_dict({name: as_torch(reader.rows(name), reader.infos[name]).float() for name in state})

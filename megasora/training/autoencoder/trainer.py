@@ -131,8 +131,9 @@ class AutoencoderTrainer(Trainer):
         """See `Trainer.greet`."""
         config = self.config
         adversary = f"discriminator from step {config.discriminator.start_step}" if config.has_discriminator else "no discriminator"
+        name = self.trainee.network.about["_class_name"]
         self.log.say(
-            f"{config.recipe}: {self.trainee.network.network.facts.name} on {self.context.world_size} {config.device} rank(s), {adversary}; "
+            f"{config.recipe}: {name} on {self.context.world_size} {config.device} rank(s), {adversary}; "
             f"{len(self.clips)} clips, steps {self.trainee.step + 1} to {config.train.steps}; {config.run_dir}"
         )
         for event in self.events:
