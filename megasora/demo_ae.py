@@ -33,7 +33,7 @@ LEAST_RISE_DB = 6.0
 """Of held-out PSNR over the run."""
 MOST_FALL_DB = 1.0
 """Below its best so far, at any time after the discriminator has begun: a generator that collapses falls further."""
-ENLARGED = 3
+ENLARGED = 6
 """Times that the pictures of the mp4 are enlarged."""
 
 

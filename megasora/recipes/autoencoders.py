@@ -130,24 +130,24 @@ def hunyuan_vae_finetune() -> AutoencoderRunConfig:
 
 
 def tiny_ae() -> AutoencoderRunConfig:
-    """A small DC-AE (4x8x8) on 64px clips that it makes itself, with a small discriminator from half-way. For laptops and tests."""
+    """A small DC-AE (4x4x4) on 32px clips that it makes itself, with a small discriminator from half-way. For laptops and tests."""
     sizes = DCAEConfig(
-        widths=(8, 16, 32, 32),
-        encoder_depths=(1, 1, 1, 1),
-        decoder_depths=(1, 1, 1, 1),
-        attention_from=3,
-        temporal_stages=(1, 2),
+        widths=(8, 16, 32),
+        encoder_depths=(1, 1, 1),
+        decoder_depths=(1, 1, 1),
+        attention_from=2,
+        temporal_stages=(0, 1),
         latent_channels=32,
         head_dim=16,
     )
     return AutoencoderRunConfig(
         recipe="tiny_ae",
-        autoencoder=AutoencoderConfig(kind="dc-ae", sizes=sizes, spatial_compression=8),
+        autoencoder=AutoencoderConfig(kind="dc-ae", sizes=sizes, spatial_compression=4),
         # no LPIPS: its weights are the user's to give
         loss=LossConfig(distance="l1", lpips_weight=0.0, reduction="mean"),
         discriminator=DiscriminatorConfig(
             weight=0.05,
-            start_step=80,
+            start_step=200,
             width=16,
             num_layers=3,
             dropout=0.0,
@@ -157,13 +157,13 @@ def tiny_ae() -> AutoencoderRunConfig:
         data=AutoencoderDataConfig(
             batch_size=2,
             image_share=0.2,
-            resolution="64px",
+            resolution="32px",
             aspect="square",
             frame_counts=(8, 1),
             target_fps=12.0,
         ),
-        optimizer=OptimizerConfig(lr=4e-3, warmup_steps=10, beta2=0.98, eps=1e-8, ema_decay=0.95),
-        checkpoint=CheckpointConfig(interval_steps=40, keep=3),
-        evaluation=AutoencoderEvalConfig(interval_steps=20),
-        train=TrainConfig(steps=160, log_interval_steps=10),
+        optimizer=OptimizerConfig(lr=4e-3, lr_milestones=((200, 2e-3),), warmup_steps=10, beta2=0.98, eps=1e-8, ema_decay=0.95),
+        checkpoint=CheckpointConfig(interval_steps=100, keep=3),
+        evaluation=AutoencoderEvalConfig(interval_steps=50),
+        train=TrainConfig(steps=400, log_interval_steps=20),
     )
