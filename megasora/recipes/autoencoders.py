@@ -151,7 +151,7 @@ def tiny_ae() -> AutoencoderRunConfig:
             width=16,
             num_layers=3,
             dropout=0.0,
-            optimizer=OptimizerConfig(lr=2e-4, beta1=0.5, beta2=0.9, eps=1e-8, ema_decay=0.0),
+            optimizer=OptimizerConfig(lr=5e-5, beta1=0.5, beta2=0.9, eps=1e-8, ema_decay=0.0),
         ),
         precision=AutoencoderPrecisionConfig(dtype="fp32"),
         data=AutoencoderDataConfig(
