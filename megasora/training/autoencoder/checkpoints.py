@@ -97,7 +97,7 @@ def learning_tensors(
     learner: Learning, *, prefix: str, averages: Sequence[Tensor], context: ParallelContext
 ) -> Iterator[tuple[str, ShardedTensor]]:
     """(name, rectangle) of a module's parameters and of this rank's share of its masters, moments and moving average."""
-    names = {parameter: name for name, parameter in learner.module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in learner.module.named_parameters()}
     copy = context.pg_collection.dp_cp.rank()
     for parameter, name in names.items():
         shape = tuple(parameter.shape)

@@ -176,7 +176,7 @@ def build_learning(
         [module], config=config, parallel=ParallelConfig(overlap_grad_reduce=False, overlap_param_gather=False), context=context
     )
     optimizer = build_optimizer(wrapped, optimizer=settings, dtype=dtype)
-    of = {parameter: initial[name] for name, parameter in module.named_parameters()}
+    of: dict[Tensor, Tensor] = {parameter: initial[name] for name, parameter in module.named_parameters()}
     for shard in owned_shards(optimizer):
         shard.master.data.copy_(of[shard.parameter].reshape(-1)[shard.start : shard.stop])
     return Learning(module=module, wrapped=list(wrapped), optimizer=optimizer, settings=settings)
