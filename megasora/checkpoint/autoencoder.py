@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megasora.checkpoint.autoencoder_checkpoint import open_parameters
 from megasora.checkpoint.formats import dc_ae
+from megasora.checkpoint.megatron_io import is_megatron_checkpoint
 from megasora.checkpoint.safetensors_io import SafetensorsReader
-from megasora.checkpoint.tensors import TensorInfo
-from megasora.config.dc_ae import CLASS_NAME, DCAEConfig, read_config
+from megasora.checkpoint.source import Select
+from megasora.checkpoint.tensors import TensorInfo, TensorReader
+from megasora.config.dc_ae import CLASS_NAME, DCAEConfig, parse_config, read_config
 from megasora.config.errors import UserError
 
 PREFIX = "vae."
@@ -37,7 +40,7 @@ class AutoencoderSource:
 
     path: Path
     kind: Kind
-    reader: SafetensorsReader
+    reader: TensorReader
     names: dict[str, str]
     """Plain tensor names -> the names they are stored under."""
     facts: dict[str, Any]
@@ -82,12 +85,21 @@ def kind_of(keys: Mapping[str, object]) -> Kind | None:
     return None
 
 
-def open_autoencoder(path: Path, reader: SafetensorsReader | None = None) -> AutoencoderSource:
-    """Open a file or a folder.
+def open_autoencoder(path: Path, reader: SafetensorsReader | None = None, *, select: Select = "model") -> AutoencoderSource:
+    """Open a file, a folder, or a checkpoint of `megasora train-ae`.
+
+    Args:
+        path: where it is.
+        reader: of a file or folder that is open already.
+        select: which weights of a checkpoint.
 
     Raises:
-        UserError: it is no autoencoder's, or its config.json is another's.
+        UserError: it is no autoencoder's, its config.json is another's, or there is nothing to select.
     """
+    if is_megatron_checkpoint(path):
+        return _open_checkpoint(path, select)
+    if select != "model":
+        raise UserError(f"--select {select}: {path} is no checkpoint of megasora train-ae, it holds one set of weights")
     reader = reader or SafetensorsReader(path)
     kind = kind_of(reader.infos)
     if kind is None:
@@ -105,6 +117,14 @@ def open_autoencoder(path: Path, reader: SafetensorsReader | None = None) -> Aut
     prefix = PREFIX if kind == "hunyuan" else ""
     names = {key.removeprefix(prefix): key for key in reader.infos}
     return AutoencoderSource(path=path, kind=kind, reader=reader, names=names, facts=facts, sizes=sizes)
+
+
+def _open_checkpoint(path: Path, select: Select) -> AutoencoderSource:
+    state, reader = open_parameters(path, select=select)
+    about: dict[str, Any] = state["model"]
+    kind: Kind = "hunyuan" if about.get("_class_name") == HUNYUAN_CLASS else "dc-ae"
+    sizes = parse_config(about, where=str(path)) if kind == "dc-ae" else None
+    return AutoencoderSource(path=path, kind=kind, reader=reader, names={name: name for name in reader.infos}, facts=about, sizes=sizes)
 
 
 def _facts_of(path: Path) -> dict[str, Any]:

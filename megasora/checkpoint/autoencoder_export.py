@@ -20,7 +20,7 @@ from megasora.checkpoint.formats import dc_ae
 from megasora.checkpoint.formats.dc_ae import Piece
 from megasora.checkpoint.outputs import write_json
 from megasora.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter, stored_order
-from megasora.checkpoint.tensors import FLOATS, ITEM_BYTES, Rows, TensorInfo, cast, from_torch
+from megasora.checkpoint.tensors import FLOATS, ITEM_BYTES, Rows, TensorInfo, TensorReader, cast, from_torch
 from megasora.checkpoint.verify import Proof
 from megasora.config.dc_ae import CLASS_NAME, WEIGHTS_FILE, DCAEConfig
 from megasora.config.errors import UserError
@@ -183,7 +183,7 @@ def _typed(item: Item, dtype: Dtype | None) -> Item:
 
 
 def export_autoencoder(
-    path: Path,
+    path: Path | AutoencoderSource,
     target: Path,
     *,
     target_format: str,
@@ -194,7 +194,7 @@ def export_autoencoder(
     """Write an autoencoder in another format; it appears only when complete.
 
     Args:
-        path: the source.
+        path: the source, or what has been opened of it.
         target: one file (hunyuan-vae, hcae) or a folder.
         target_format, dtype, latent_channels: see `plan_autoencoder`.
         prove: verify after converting; a target that is already complete is only verified.
@@ -205,7 +205,8 @@ def export_autoencoder(
     single = target_format in SINGLE
     if (target.suffix == ".safetensors") != single:
         raise UserError(f"{target}: {target_format} is {'one file; end it in' if single else 'a folder; leave out'} .safetensors")
-    plan = plan_autoencoder(open_autoencoder(path), target_format, dtype=dtype, latent_channels=latent_channels)
+    source = path if isinstance(path, AutoencoderSource) else open_autoencoder(path)
+    plan = plan_autoencoder(source, target_format, dtype=dtype, latent_channels=latent_channels)
     options = {"dtype": dtype, "latent_channels": latent_channels}
     manifest: dict[str, Any] = {}
     if not (prove and target.exists()):
@@ -216,7 +217,7 @@ def export_autoencoder(
     edited = {edit for item in plan.items.values() for edit in item.edits}
     counts = [f"{sum(edit in item.edits for item in plan.items.values())} tensors: {edit}" for edit in sorted(edited)]
     lines = [
-        f"{TITLES[plan.source.kind]} -> {target_format}: {path} -> {target}",
+        f"{TITLES[plan.source.kind]} -> {target_format}: {source.path} -> {target}",
         f"{len(infos)} tensors, {sum(info.numel for info in infos):,} parameters",
         *counts,
     ]
@@ -304,7 +305,7 @@ def prove_autoencoder(plan: AutoencoderPlan, target: Path, options: Mapping[str,
     return Proof(target_hashes=len(facts["tensors"]), inverted=len(inverted), replayed=replayed, unproved=())
 
 
-def _invert(rows: Rows, item: Item, source: SafetensorsReader, target: Path) -> None:
+def _invert(rows: Rows, item: Item, source: TensorReader, target: Path) -> None:
     """Compare what a target tensor gives back with the source.
 
     Raises:

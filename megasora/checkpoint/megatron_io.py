@@ -244,8 +244,8 @@ def _contents(record: _Record) -> dict[str, StoredTensor]:
 
 def _check_cover(key: str, info: TensorInfo, chunks: list[Chunk]) -> None:
     """The rectangles lie inside the tensor, apart from each other, and have as many elements as it."""
-    if len(info.shape) not in (1, 2):
-        raise ValueError(f"{key} has {len(info.shape)} dims, weights have one or two")
+    if len(info.shape) not in (1, 2) and (not info.shape or len(chunks) > 1):  # kernels of convolutions lie in one piece
+        raise ValueError(f"{key} has {len(info.shape)} dims, weights in pieces have one or two")
     if sum(prod(chunk.shape) for chunk in chunks) != info.numel:
         raise ValueError(f"the pieces of {key} do not cover it")
     for number, one in enumerate(chunks):

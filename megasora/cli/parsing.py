@@ -31,7 +31,7 @@ def parse(words: Sequence[str]) -> tuple[Command, Any]:
         args: Any = tyro.cli(_subcommands(root, words), args=words, prog="megasora", use_underscores=True)
     while hasattr(args, "chosen_command"):
         args = args.chosen_command
-    command = next(command for command in _flat(root) if command.kind is type(args))
+    command = next(command for command in _flat(root) if type(args) in (command.kind, *command.others))
     return command, args
 
 
@@ -84,7 +84,8 @@ def _choice(name: str, member: Command | Group, rest: Sequence[str] | None) -> A
         return Annotated[kind, tyro.conf.subcommand(name)]
     if rest is None or member.defaults is None:
         return Annotated[member.kind, tyro.conf.subcommand(name)]
-    return Annotated[member.kind, tyro.conf.subcommand(name, default=_with_defaults(member.kind, member.defaults(rest)))]
+    wanted = member.kind if member.kind_of is None else member.kind_of(rest)
+    return Annotated[wanted, tyro.conf.subcommand(name, default=_with_defaults(wanted, member.defaults(rest)))]
 
 
 def _with_defaults(kind: type, given: Mapping[str, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 A command's module has `Args`, a frozen dataclass whose docstring is the help, and `run(args)`, which returns an `Answer` or None. It may
 have `defaults(words)`: values of Args' fields that depend on the words after the command, such as a recipe's settings; and `EXTRA`: the
-extra of setup.py that brings what it imports.
+extra of setup.py that brings what it imports. A command that takes settings of several kinds has `kind_of(words)`: the class of its
+arguments, which is `Args` or one of its `OTHERS`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class Command:
     run: Callable[[Any], Answer | None]
     defaults: Callable[[Sequence[str]], Mapping[str, Any]] | None
     extra: str | None
+    kind_of: Callable[[Sequence[str]], type] | None = None
+    """Which class of arguments the words after the command ask for; None where there is one."""
+    others: tuple[type, ...] = ()
+    """Those beside `kind`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,4 +65,6 @@ def _command(module: ModuleType, words: tuple[str, ...]) -> Command:
         run=module.run,
         defaults=getattr(module, "defaults", None),
         extra=getattr(module, "EXTRA", None),
+        kind_of=getattr(module, "kind_of", None),
+        others=getattr(module, "OTHERS", ()),
     )

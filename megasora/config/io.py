@@ -81,13 +81,13 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...], path: str) -> tuple[A
     return tuple(_convert(item, hint, f"{path}[{place}]") for place, (item, hint) in enumerate(zip(value, arguments, strict=True)))
 
 
-def dump(config: RunConfig) -> str:
+def dump(config: Any) -> str:
     """The config as YAML text, keys in schema order."""
     text: str = yaml.safe_dump(to_dict(config), sort_keys=False)
     return text
 
 
-def save_yaml(config: RunConfig, path: Path) -> None:
+def save_yaml(config: Any, path: Path) -> None:
     """Write the config next to its run; the file appears whole or not at all."""
     with written_whole(path) as temporary:
         temporary.write_text(dump(config))
@@ -99,11 +99,22 @@ def load_yaml(path: Path) -> RunConfig:
     Raises:
         UserError: the file is missing, not YAML, or does not fit the schema.
     """
+    data = read_yaml(path)
+    if isinstance(data, dict) and "autoencoder" in data:
+        raise UserError(f"{path} is of a run of an autoencoder: megasora train-ae takes it")
+    config: RunConfig = from_dict(data)
+    return config
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data of a file.
+
+    Raises:
+        UserError: the file is missing or not YAML.
+    """
     try:
-        data = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    config: RunConfig = from_dict(data)
-    return config

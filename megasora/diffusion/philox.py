@@ -32,6 +32,8 @@ class Stream(IntEnum):
     SAMPLE = 8
     EVAL = 9
     START = 10
+    IMAGE = 11
+    PATCHES = 12
 
 
 def _mix(state: int, value: int) -> int:

@@ -5,26 +5,21 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from megasora.config.errors import UserError
 from megasora.config.files import written_whole
 from megasora.data.decoding.contract import DecodeError, normalise
 from megasora.evaluation.files import ClipFacts, clip_facts, clips_in, runs_of_frames
 from megasora.evaluation.intervals import Summary, summarise
-from megasora.evaluation.lpips import SMALLEST_SIDE, Lpips
+from megasora.media.likeness import SSIM_WINDOW, psnr_of, ssim_of_frames
+from megasora.models.lpips import SMALLEST_SIDE, Lpips
 
-DATA_RANGE = 255.0
-"""Levels are those of the file, 0 to 255."""
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-"""A Gaussian of sigma 1.5 in 11 pixels, covariances over n, k1 0.01, k2 0.03 (Wang et al. 2004, doi 10.1109/TIP.2003.819861)."""
 SHOWN = 40
 """Clips that the table on the screen lists."""
 FRAMES_AT_ONCE = 8
@@ -189,29 +184,6 @@ def measure(pair: Pair, measures: Sequence[Measure], *, lpips: Lpips | None = No
         ssim=sums["ssim"] / facts.num_frames if "ssim" in measures else None,
         lpips=sums["lpips"] / facts.num_frames if "lpips" in measures else None,
     )
-
-
-def psnr_of(mean_squared_error: float) -> float:
-    """20 log10(255) - 10 log10(mean squared error of levels) in dB; infinite for none."""
-    return math.inf if mean_squared_error == 0 else 20 * math.log10(DATA_RANGE) - 10 * math.log10(mean_squared_error)
-
-
-def ssim_of_frames(a: Tensor, b: Tensor, *, pool: Executor) -> float:
-    """SSIM of frames [n, 3, height, width] of levels, mean over pixels and channels, summed over the frames.
-
-    In fp64: variances are differences of squares near 255^2, and in fp32 their rounding moves flat pictures by 2e-4.
-    """
-    from skimage.metrics import structural_similarity
-
-    def one(pictures: tuple[Tensor, Tensor]) -> float:
-        levels = (picture.cpu().numpy().astype(np.float64) for picture in pictures)
-        return float(
-            structural_similarity(
-                *levels, data_range=DATA_RANGE, channel_axis=0, gaussian_weights=True, sigma=SSIM_SIGMA, use_sample_covariance=False
-            )
-        )
-
-    return sum(pool.map(one, zip(a, b, strict=True)))
 
 
 def write_csv(path: Path, clips: Sequence[ClipFidelity]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megasora.checkpoint.newest import Found, newest_anywhere
 from megasora.checkpoint.writer import CheckpointWriter, Event, Retention
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
+from megasora.config.run_basics import RunBasics
 from megasora.config.schema import RunConfig
 from megasora.data.plan import SamplerState
 from megasora.models.mmdit.sharded_state import model_tensors
@@ -30,7 +32,17 @@ from megasora.training.optimizer import ensure_adam_state, refresh_masters
 from megasora.training.state import optimizer_tensors
 from megasora.training.step import Trainee
 
-DECIDES_SAMPLES = ("seed", "global_tokens", "data_sha256")
+
+class Progress(Protocol):
+    """How far who is trained has come."""
+
+    step: int
+    sampler: SamplerState
+    samples_seen: int
+
+
+Learns = TypeVar("Learns", bound=Progress)
+DECIDES_SAMPLES = ("seed", "global_tokens", "batch_size", "image_share", "data_sha256")
 """Facts of a run without which a position of its sampler means nothing."""
 
 
@@ -57,8 +69,8 @@ def held_lease(root: Path, *, take_over: bool) -> Iterator[Lease | None]:
             lease.release()
 
 
-class Checkpoints:
-    """Saves and resumes a trainee.
+class RunCheckpoints(ABC, Generic[Learns]):
+    """Saves and resumes a trainee; a kind of run says what goes in.
 
     Args:
         root: folder of the checkpoints.
@@ -68,7 +80,7 @@ class Checkpoints:
         data_sha256: of the manifest that is trained on.
     """
 
-    def __init__(self, root: Path, *, lease: Lease | None, config: RunConfig, context: ParallelContext, data_sha256: str) -> None:
+    def __init__(self, root: Path, *, lease: Lease | None, config: RunBasics, context: ParallelContext, data_sha256: str) -> None:
         self.root, self.config, self.context, self.data_sha256 = root, config, context, data_sha256
         self._lease = lease
         settings = config.checkpoint
@@ -86,7 +98,7 @@ class Checkpoints:
     @property
     def data_key(self) -> str:
         """Eight digits for the data, the budget and the seed: positions of the sampler mean something under this key only."""
-        facts = {name: value for name, value in self._same_in_a_run().items() if name in DECIDES_SAMPLES}
+        facts = {name: value for name, value in self.same_in_a_run().items() if name in DECIDES_SAMPLES}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def writing_since(self) -> float | None:
@@ -94,22 +106,22 @@ class Checkpoints:
         since = [self._writer.writing_since(), self._copies.writing_since() if self._copies is not None else None]
         return min((one for one in since if one is not None), default=None)
 
-    def save(self, trainee: Trainee, *, guard: Guard) -> None:
+    def save(self, trainee: Learns, *, guard: Guard) -> None:
         """Start a checkpoint; `happened` tells what became of it. All ranks call it together.
 
         Raises:
             UserError: another run has taken over.
         """
-        self._writer.save(step=trainee.step, tensors=self._tensors(trainee), state=self._state(trainee, guard))
+        self._writer.save(step=trainee.step, tensors=self.tensors(trainee), state=self._state(trainee, guard))
 
-    def copy(self, trainee: Trainee, *, guard: Guard) -> None:
+    def copy(self, trainee: Learns, *, guard: Guard) -> None:
         """Start a copy on the nodes' own disks. All ranks call it together.
 
         Raises:
             UserError: another run has taken over.
         """
         if self._copies is not None:
-            self._copies.save(step=trainee.step, tensors=self._tensors(trainee), state=self._state(trainee, guard))
+            self._copies.save(step=trainee.step, tensors=self.tensors(trainee), state=self._state(trainee, guard))
 
     def happened(self, *, last: bool) -> list[Event]:
         """What was saved or failed since the last call; all ranks call it after every step. `last`: wait for what is under way.
@@ -140,18 +152,18 @@ class Checkpoints:
         if self._copies is not None:
             self._copies.release()
 
-    def resume(self, trainee: Trainee, *, guard: Guard) -> Event | None:
+    def resume(self, trainee: Learns, *, guard: Guard) -> Event | None:
         """Load the newest undamaged state, if any; all ranks agree on which. Returns the event. A save under way is waited for.
 
         Raises:
             UserError: it is of another run, or all are damaged.
         """
         self._wait()
-        found = newest_anywhere(self.root, lease=self._lease, copies=self._copies, parallel=to_dict(self.config.parallel))
+        found = newest_anywhere(self.root, lease=self._lease, copies=self._copies, parallel=self.layout())
         if found.folder is None:
             return None
         changed = self._changed_data(found.manifest["state"], found.folder)
-        self._load(trainee, found)
+        self.load(trainee, found)
         guard.restore(found.manifest["state"]["guard"])
         if self._copies is not None:
             self._copies.forget_after(trainee.step)
@@ -166,58 +178,54 @@ class Checkpoints:
         refused = [{"path": one.name, "reason": one.reason} for one in found.refused]
         return {**event, "refused": refused} if refused else event
 
-    def _begin_elsewhere(self, trainee: Trainee, guard: Guard, changed: list[str]) -> dict[str, Any]:
+    @abstractmethod
+    def tensors(self, trainee: Learns) -> dict[str, Any]:
+        """This rank's rectangles of everything that changes."""
+
+    @abstractmethod
+    def load(self, trainee: Learns, found: Found) -> None:
+        """Fill the trainee from a checkpoint, or from a node's copy, and its manifest."""
+
+    def read(self, trainee: Learns, found: Found) -> None:
+        """Fill this rank's tensors."""
+        if found.copy is not None:
+            local_copies.load(found.copy, self.tensors(trainee))
+            return
+        assert found.folder is not None, "there is something to load"
+        store.load(found.folder, self.tensors(trainee))
+
+    @abstractmethod
+    def same_in_a_run(self) -> dict[str, Any]:
+        """Facts that a run keeps; those of DECIDES_SAMPLES may change with resume_data."""
+
+    def layout(self) -> dict[str, Any]:
+        """How the run is laid out over its ranks, besides their number: a node's own copies serve the same layout alone."""
+        return {}
+
+    def own_state(self, trainee: Learns) -> dict[str, Any]:
+        """What else the manifest keeps."""
+        return {}
+
+    def _state(self, trainee: Learns, guard: Guard) -> dict[str, Any]:
+        """What the manifest keeps beside the tensors."""
+        return {
+            "recipe": self.config.recipe,
+            "parallel": self.layout(),
+            "sampler": asdict(trainee.sampler),
+            "samples_seen": trainee.samples_seen,
+            "guard": guard.state(),
+            "ema_decay": self.config.optimizer.ema_decay,
+            **self.own_state(trainee),
+            **self.same_in_a_run(),
+        }
+
+    def _begin_elsewhere(self, trainee: Learns, guard: Guard, changed: list[str]) -> dict[str, Any]:
         """Move the sampler of a run whose data have changed; what the event says of it."""
         at = trainee.sampler
         next_epoch = at.epoch + (at.consumed > 0)
         trainee.sampler = SamplerState(epoch=next_epoch if self.config.resume_data == "epoch" else 0)
         guard.left_out.clear()  # positions in data that are no more
         return {"data": f"epoch {trainee.sampler.epoch} begins, for {' and '.join(changed)}"}
-
-    def _load(self, trainee: Trainee, found: Found) -> None:
-        facts = found.manifest
-        ensure_adam_state(trainee.optimizer, step=facts["step"])
-        if found.copy is not None:
-            local_copies.load(found.copy, self._tensors(trainee))
-        else:
-            assert found.folder is not None, "there is something to load"
-            store.load(found.folder, self._tensors(trainee))
-        if trainee.megatron_config.params_dtype == torch.float32:
-            refresh_masters(trainee.optimizer)
-        ensure_adam_state(trainee.optimizer, step=facts["step"])
-        trainee.step = facts["step"]
-        trainee.sampler = SamplerState(**facts["state"]["sampler"])
-        trainee.samples_seen = facts["state"]["samples_seen"]
-
-    def _tensors(self, trainee: Trainee) -> dict[str, Any]:
-        reshard(trainee.chunks)
-        model, context = self.config.model, self.context
-        return {
-            **model_tensors(trainee.chunks, model=model, context=context),
-            **optimizer_tensors(trainee.chunks, trainee.optimizer, trainee.ema, model=model, context=context),
-        }
-
-    def _state(self, trainee: Trainee, guard: Guard) -> dict[str, Any]:
-        """What the manifest keeps beside the tensors."""
-        return {
-            "recipe": self.config.recipe,
-            "parallel": to_dict(self.config.parallel),
-            "sampler": asdict(trainee.sampler),
-            "samples_seen": trainee.samples_seen,
-            "guard": guard.state(),
-            "ema_decay": self.config.optimizer.ema_decay,
-            **self._same_in_a_run(),
-        }
-
-    def _same_in_a_run(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "model": to_dict(config.model),
-            "dtype": config.precision.dtype,
-            "seed": config.train.seed,
-            "global_tokens": config.data.global_tokens,
-            "data_sha256": self.data_sha256,
-        }
 
     def _changed_data(self, state: dict[str, Any], folder: Path) -> list[str]:
         """What decides which samples come, and is another than in the checkpoint; empty when the run goes on exactly.
@@ -226,10 +234,10 @@ class Checkpoints:
             UserError: the checkpoint is of another model or format, or of other data and the run does not say how to go on.
         """
         changed = []
-        for name, value in self._same_in_a_run().items():
-            if state[name] == value:
+        for name, value in self.same_in_a_run().items():
+            if state.get(name) == value:
                 continue
-            was, now = _first_difference(state[name], value)
+            was, now = _first_difference(state.get(name), value)
             moves = name in DECIDES_SAMPLES
             if not moves or self.config.resume_data == "exact":
                 choice = "--resume_data epoch (or restart) to go on with the new data, " if moves else ""
@@ -242,6 +250,50 @@ class Checkpoints:
             has = "has" if state["ema_decay"] > 0 else "lacks"
             raise UserError(f"checkpoint {folder} {has} an EMA; keep optimizer.ema_decay as it was")
         return changed
+
+
+class Checkpoints(RunCheckpoints["Trainee"]):
+    """Those of a diffusion transformer."""
+
+    def __init__(self, root: Path, *, lease: Lease | None, config: RunConfig, context: ParallelContext, data_sha256: str) -> None:
+        super().__init__(root, lease=lease, config=config, context=context, data_sha256=data_sha256)
+        self.run = config
+
+    def load(self, trainee: Trainee, found: Found) -> None:
+        """See `RunCheckpoints.load`."""
+        facts = found.manifest
+        ensure_adam_state(trainee.optimizer, step=facts["step"])
+        self.read(trainee, found)
+        if trainee.megatron_config.params_dtype == torch.float32:
+            refresh_masters(trainee.optimizer)
+        ensure_adam_state(trainee.optimizer, step=facts["step"])
+        trainee.step = facts["step"]
+        trainee.sampler = SamplerState(**facts["state"]["sampler"])
+        trainee.samples_seen = facts["state"]["samples_seen"]
+
+    def tensors(self, trainee: Trainee) -> dict[str, Any]:
+        """See `RunCheckpoints.tensors`."""
+        reshard(trainee.chunks)
+        model, context = self.run.model, self.context
+        return {
+            **model_tensors(trainee.chunks, model=model, context=context),
+            **optimizer_tensors(trainee.chunks, trainee.optimizer, trainee.ema, model=model, context=context),
+        }
+
+    def layout(self) -> dict[str, Any]:
+        """See `RunCheckpoints.layout`."""
+        return dict(to_dict(self.run.parallel))
+
+    def same_in_a_run(self) -> dict[str, Any]:
+        """See `RunCheckpoints.same_in_a_run`."""
+        config = self.run
+        return {
+            "model": to_dict(config.model),
+            "dtype": config.precision.dtype,
+            "seed": config.train.seed,
+            "global_tokens": config.data.global_tokens,
+            "data_sha256": self.data_sha256,
+        }
 
 
 def _first_difference(was: Any, now: Any) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from megasora.data.decoding.writer import write_video
 from megasora.models.encoders.bundle import Encoders
 from megasora.models.sampler import ClipSampler, ClipSize, caption_of_prompt, encode_prompt
 from megasora.parallel.groups import ParallelContext
-from megasora.training.checkpoints import Checkpoints
+from megasora.training.checkpoints import RunCheckpoints
 from megasora.training.evaluation import Evaluator
 from megasora.training.feed import Feeder
 from megasora.training.guard import Guard
@@ -33,8 +33,8 @@ class Event(Protocol):
     def due(self, step: int, *, last: bool) -> bool:
         """Whether it happens after this step; `last`: no step follows."""
 
-    def happen(self, trainee: Trainee) -> dict[str, Any] | None:
-        """Do it; what the step's record says of it, None when there is nothing to say yet."""
+    def happen(self, trainee: Any) -> dict[str, Any] | None:
+        """Do it with who is trained; what the step's record says of it, None when there is nothing to say yet."""
 
 
 class Evaluate:
@@ -149,14 +149,14 @@ class Save:
 
     place: Place = "save"
 
-    def __init__(self, checkpoints: Checkpoints, *, guard: Guard, interval_steps: int, last: bool = True) -> None:
+    def __init__(self, checkpoints: RunCheckpoints[Any], *, guard: Guard, interval_steps: int, last: bool = True) -> None:
         self.checkpoints, self.guard, self.interval_steps, self.last = checkpoints, guard, interval_steps, last
 
     def due(self, step: int, *, last: bool) -> bool:
         """At multiples of the interval and at the end."""
         return (last and self.last) or (step > 0 and self.interval_steps > 0 and step % self.interval_steps == 0)
 
-    def happen(self, trainee: Trainee) -> None:
+    def happen(self, trainee: Any) -> None:
         """Start it."""
         self.checkpoints.save(trainee, guard=self.guard)
 
@@ -173,14 +173,14 @@ class Copy:
 
     place: Place = "save"
 
-    def __init__(self, checkpoints: Checkpoints, *, guard: Guard, interval_steps: int, but_at: Save) -> None:
+    def __init__(self, checkpoints: RunCheckpoints[Any], *, guard: Guard, interval_steps: int, but_at: Save) -> None:
         self.checkpoints, self.guard, self.interval_steps, self.but_at = checkpoints, guard, interval_steps, but_at
 
     def due(self, step: int, *, last: bool) -> bool:
         """At multiples of the interval without a checkpoint."""
         return step > 0 and self.interval_steps > 0 and step % self.interval_steps == 0 and not self.but_at.due(step, last=last)
 
-    def happen(self, trainee: Trainee) -> None:
+    def happen(self, trainee: Any) -> None:
         """Start it."""
         self.checkpoints.copy(trainee, guard=self.guard)
 

@@ -9,12 +9,33 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+
+class StepRecord(Protocol):
+    """One optimizer step; a dataclass, whose fields are what is written."""
+
+    @property
+    def step(self) -> int:
+        """1-based number of the step."""
+        ...
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened with the step; what one has `said` is a line of the log."""
+        ...
+
+    def line(self) -> str:
+        """For the log."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +138,11 @@ class MetricsLog:
             self._open(step)
             self._progress.update(self._task, completed=step)
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, metrics: StepRecord) -> None:
         """Record a step."""
         if not self.active:
             return
-        values = {name: _finite(getattr(metrics, name)) for name in metrics.__dataclass_fields__}
+        values = {name: _finite(getattr(metrics, name)) for name in vars(metrics)}
         well = self._records.problem is None
         self._records.write(json.dumps(values) + "\n")
         if well and self._records.problem is not None:
@@ -134,7 +155,7 @@ class MetricsLog:
             if "said" in event:
                 self.say(event["said"])
 
-    def _show_scalars(self, values: Mapping[str, Any], metrics: StepMetrics) -> None:
+    def _show_scalars(self, values: Mapping[str, Any], metrics: StepRecord) -> None:
         """In TensorBoard, which is given up when its file cannot be written: its writer does not recover."""
         if self._writer is None:
             return
@@ -207,6 +228,8 @@ def _scalars(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """What TensorBoard shows of an event."""
     if event["event"] == "goodput":
         yield from ((f"goodput/{name}", value) for name, value in event.items() if name != "event")
+    if event["event"] == "reconstruct":
+        yield from ((f"eval/{name}", event[name]) for name in ("psnr", "ssim", "lpips") if event.get(name) is not None)
     if event["event"] == "eval":
         yield "eval/loss", event["loss"]
         yield from ((f"eval/loss_t{name}", value) for name, value in event["loss_by_t"].items())

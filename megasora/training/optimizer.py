@@ -89,7 +89,7 @@ class LoneReplica(DistributedDataParallel):
 
 
 def wrap_for_training(
-    chunks: Sequence[MMDiT], *, config: TransformerConfig, parallel: ParallelConfig, context: ParallelContext
+    chunks: Sequence[nn.Module], *, config: TransformerConfig, parallel: ParallelConfig, context: ParallelContext
 ) -> list[DistributedDataParallel]:
     """Wrap the chunks in Megatron's DDP with fp32 gradient reduction and hook up the gradient finaliser."""
     topology = context.topology
@@ -195,16 +195,29 @@ def update_weights(optimizer: TrainingOptimizer, *, accept: Callable[[float], bo
     """
     if isinstance(optimizer, FullyShardedAdam):
         return optimizer.step(accept=accept)
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm = ready_gradients(optimizer)
     if not accept(norm):
         return norm, False
+    apply_gradients(optimizer, norm=norm)
+    return norm, True
+
+
+def ready_gradients(optimizer: MegatronOptimizer) -> float:
+    """Bring the summed gradients to the master shards; their norm over all ranks.
+
+    No weight changes: of several optimizers each can be asked before any of them steps.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: MegatronOptimizer, *, norm: float) -> None:
+    """Clip what `ready_gradients` found of this norm, and step."""
     for inner in _distributed(optimizer):
         parameters, limit = inner.get_parameters(), inner.config.clip_grad
         if parameters and limit > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=norm)
     optimizer.step_with_ready_grads()
-    return norm, True
 
 
 def owned_shards(optimizer: TrainingOptimizer) -> Iterator[OwnedShard]:

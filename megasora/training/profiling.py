@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from megasora.config.files import written_whole
 from megasora.config.profile_steps import profiled_steps
-from megasora.config.schema import RunConfig
+from megasora.config.run_basics import RunBasics
 from megasora.parallel.groups import ParallelContext
 from megasora.perf.named_collectives import NamedCollectives
 from megasora.perf.ranges import PLACE, STEP
@@ -25,7 +25,7 @@ Place = Literal["data", "forward_backward", "agree", "optimizer", "save", "evalu
 """Where a rank is in a step."""
 
 
-def open_profile(config: RunConfig, *, context: ParallelContext, run_dir: Path) -> StepProfiler | None:
+def open_profile(config: RunBasics, *, context: ParallelContext, run_dir: Path) -> StepProfiler | None:
     """What traces the run's steps on this rank; None where none are to be traced."""
     steps = profiled_steps(config.profile.steps)
     if not steps:

@@ -18,7 +18,8 @@ from megasora.parallel import groups
 from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.training.assets import with_assets
 from megasora.training.checkpoints import held_lease
-from megasora.training.trainer import StopRequest, Trainer
+from megasora.training.diffusion import DiffusionTrainer
+from megasora.training.trainer import StopRequest
 from megasora.training.vitals import open_sentry
 
 
@@ -46,4 +47,4 @@ def train(config: RunConfig) -> None:
         if context.rank == 0:
             save_yaml(config, run_dir / "config.yaml")
         with open_sentry(config, context=context, run_dir=run_dir) as sentry:
-            Trainer(config, context=context, run_dir=run_dir, stop=stop, lease=lease, sentry=sentry).run()
+            DiffusionTrainer(config, context=context, run_dir=run_dir, stop=stop, lease=lease, sentry=sentry).run()

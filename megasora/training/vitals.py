@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasora.config.schema import RunConfig
+from megasora.config.run_basics import RunBasics
 from megasora.parallel.groups import ParallelContext
 from megasora.recovery.evidence import next_incarnation
 from megasora.recovery.folder import RecoveryFolder
@@ -30,7 +30,7 @@ _PHASE: dict[Place, Phase] = {
 _PART: dict[Place, Part] = {"data": "data", "forward_backward": "compute", "agree": "collectives", "optimizer": "optimizer"}
 
 
-def open_sentry(config: RunConfig, *, context: ParallelContext, run_dir: Path) -> Sentry:
+def open_sentry(config: RunBasics, *, context: ParallelContext, run_dir: Path) -> Sentry:
     """This rank's sentry; rank 0 numbers the start. All ranks call it together, once the run's folder is there."""
     number: list[Any] = [next_incarnation(RecoveryFolder.of_run(run_dir)) if context.rank == 0 else None]
     dist.broadcast_object_list(number, src=0)
@@ -54,7 +54,7 @@ class Vitals:
         profile: traces some steps; None traces none.
     """
 
-    def __init__(self, sentry: Sentry, *, config: RunConfig, context: ParallelContext, profile: StepProfiler | None = None) -> None:
+    def __init__(self, sentry: Sentry, *, config: RunBasics, context: ParallelContext, profile: StepProfiler | None = None) -> None:
         self.sentry, self.settings, self.context, self.profile = sentry, config.recovery, context, profile
         self._timer = StepTimer(record=_device_event if context.device.type == "cuda" else None)
         self._step = 0

@@ -71,12 +71,12 @@ def run(args: Args) -> Answer:
 
 
 def _converted(args: Args, bar: ByteBar) -> Any:
-    from megasora.checkpoint import autoencoder_export, export
+    from megasora.checkpoint import autoencoder, autoencoder_export, export
 
     if args.target_format in autoencoder_export.FORMATS:
         _refuse_flags_of_models(args)
         return autoencoder_export.export_autoencoder(
-            args.source,
+            autoencoder.open_autoencoder(args.source, select=args.select),
             args.target,
             target_format=args.target_format,
             dtype=args.dtype,
@@ -114,7 +114,6 @@ def _refuse_flags_of_models(args: Args) -> None:
         UserError: names the flag.
     """
     useless = {
-        "select": args.select != "model",
         "init": args.init is not None,
         "drop_cond": args.drop_cond,
         "merge_lora": args.merge_lora is not None,

@@ -28,6 +28,15 @@ def run(args: Args) -> Answer:
         }
         for name, recipe in recipes.RECIPES.items()
     ]
+    rows += [
+        {
+            "name": name,
+            "parameters": None,
+            "follows": recipe().init.follows,
+            "about": f"train-ae: {(recipe.__doc__ or '').splitlines()[0]}",
+        }
+        for name, recipe in recipes.AUTOENCODER_RECIPES.items()
+    ]
     return Answer(data=rows, show=lambda: _show(rows))
 
 
@@ -37,5 +46,7 @@ def _show(rows: list[dict[str, object]]) -> None:
 
     table = Table("recipe", "parameters", "follows", "about")
     for row in rows:
-        table.add_row(str(row["name"]), f"{row['parameters']:,}", str(row["follows"] or ""), str(row["about"]))
+        table.add_row(
+            str(row["name"]), "" if row["parameters"] is None else f"{row['parameters']:,}", str(row["follows"] or ""), str(row["about"])
+        )
     Console().print(table)

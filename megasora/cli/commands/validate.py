@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megasora.cli.endings import Answer
-from megasora.cli.recipe_arguments import RecipeArgs, config_defaults
+from megasora.cli.endings import Answer, lines
+from megasora.cli.recipe_arguments import AutoencoderArgs, RecipeArgs, autoencoder_defaults, config_defaults, names_autoencoder
+from megasora.config.autoencoder_checks import autoencoder_problems
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
 from megasora.config.memory import MemoryEstimate, memory_estimate
@@ -31,15 +32,43 @@ class Args(RecipeArgs):
     """Print the problems as JSON."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfAutoencoder(AutoencoderArgs):
+    """The checks of train-ae, without ranks: every problem at once, each with its cure. Memory is not estimated."""
+
+    gpus: int = 1
+    """World size to check for."""
+    json: bool = False
+    """Print the problems as JSON."""
+
+
+OTHERS = (OfAutoencoder,)
+
+
+def kind_of(words: Sequence[str]) -> type:
+    """Of a recipe of a diffusion transformer, or of an autoencoder."""
+    return OfAutoencoder if names_autoencoder(words) else Args
+
+
 def defaults(words: Sequence[str]) -> Mapping[str, Any]:
     """The recipe's settings."""
-    return config_defaults(words, command="validate")
+    return (autoencoder_defaults if names_autoencoder(words) else config_defaults)(words, command="validate")
 
 
-def run(args: Args) -> Answer:
+def _of_autoencoder(args: OfAutoencoder) -> Answer:
+    found = autoencoder_problems(args.config, world_size=args.gpus)
+    if found and not args.json:
+        raise UserError("\n  ".join([f"{len(found)} problem(s)", *map(str, found)]))
+    text = [f"{args.config.recipe} on {args.gpus} GPU(s): no problems"]
+    return Answer(data={"problems": [to_dict(problem) for problem in found]}, show=lines(text), exit_code=2 if found else 0)
+
+
+def run(args: Args | OfAutoencoder) -> Answer:
     """Exit code 2 when there are problems."""
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus} must be a positive number")
+    if isinstance(args, OfAutoencoder):
+        return _of_autoencoder(args)
     found = problems(args.config, world_size=args.gpus, gpu_bytes=load_hardware(args.gpu).memory_bytes)
     if found and not args.json:
         raise UserError("\n  ".join([f"{len(found)} problem(s)", *map(str, found)]))

@@ -14,7 +14,7 @@ from torchmetrics.functional.image.lpips import NetLinLayer, ScalingLayer, _norm
 from megasora.config.errors import UserError
 from megasora.data.decoding.contract import normalise
 from megasora.evaluation.fidelity import compare_pairs, pair_up
-from megasora.evaluation.lpips import Backbone, expected_shapes, load_lpips
+from megasora.models.lpips import Backbone, expected_shapes, load_lpips
 from tests.unit.evaluation.clips import noise, write_exact
 
 LIN = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"

@@ -44,8 +44,8 @@ class Args:
 def run(args: Args) -> Answer:
     """The measures, the csv and the page."""
     from megasora.evaluation import fidelity
-    from megasora.evaluation.lpips import load_lpips
     from megasora.evaluation.page import write_page
+    from megasora.models.lpips import load_lpips
 
     if not args.measures and args.page is None and args.lpips is None:
         raise UserError("nothing to do: name --measures, or a folder for --page")

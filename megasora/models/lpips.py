@@ -75,7 +75,11 @@ class Lpips(nn.Module):
 
     @torch.no_grad()
     def forward(self, a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-        """Distances of pictures in [-1, 1]; 0 for equal ones."""
+        """Distances of pictures in [-1, 1]; 0 for equal ones. Without a gradient; `distance` has one."""
+        return self.distance(a, b)
+
+    def distance(self, a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+        """The same, to be trained with."""
         distance = a.new_zeros(len(a))
         for k, (of_a, of_b) in enumerate(zip(self._features(a), self._features(b), strict=True)):
             difference = (_unit(of_a) - _unit(of_b)) ** 2
@@ -102,8 +106,12 @@ def _unit(features: Tensor) -> Tensor:
     return features / (features.pow(2).sum(dim=1, keepdim=True).sqrt() + EPSILON)
 
 
-def load_lpips(folder: Path) -> Lpips:
+def load_lpips(folder: Path, *, flag: str = "--lpips") -> Lpips:
     """LPIPS from a folder with a backbone (torchvision's alexnet or vgg16) and its lin layers (lpips/weights/v0.1: alex.pth or vgg.pth).
+
+    Args:
+        folder: of the weights.
+        flag: that named it, for the errors.
 
     Files end in .pth, .pt or .safetensors; pickles are read as plain tensors only. The classifier's tensors are not needed.
 
@@ -113,15 +121,15 @@ def load_lpips(folder: Path) -> Lpips:
     tensors: dict[str, Tensor] = {}
     files = sorted(path for path in folder.glob("*") if path.suffix in (".pth", ".pt", ".safetensors")) if folder.is_dir() else []
     if not files:
-        raise UserError(f"--lpips {folder} holds no weights: put in torchvision's AlexNet or VGG16 and lpips/weights/v0.1's lin layers")
+        raise UserError(f"{flag} {folder} holds no weights: put in torchvision's AlexNet or VGG16 and lpips/weights/v0.1's lin layers")
     for path in files:
         for name, tensor in _read(path).items():
             if name in tensors:
-                raise UserError(f"--lpips {folder}: {name} stands in two files, {path.name} is one; keep one backbone and its lin layers")
+                raise UserError(f"{flag} {folder}: {name} stands in two files, {path.name} is one; keep one backbone and its lin layers")
             tensors[name] = tensor
     first = tensors.get("features.0.weight")
     if first is None:
-        raise UserError(f"--lpips {folder} has no backbone (features.0.weight): add torchvision's AlexNet or VGG16")
+        raise UserError(f"{flag} {folder} has no backbone (features.0.weight): add torchvision's AlexNet or VGG16")
     backbone: Backbone = "alex" if first.shape[-1] == 11 else "vgg"
     wanted = expected_shapes(backbone)
     missing = [name for name in wanted if name not in tensors]
@@ -129,7 +137,7 @@ def load_lpips(folder: Path) -> Lpips:
     unknown = [name for name in tensors if name not in wanted and not name.startswith("classifier.")]
     for what, names in (("lacks", missing), ("has the wrong shape of", wrong), ("does not know", unknown)):
         if names:
-            raise UserError(f"--lpips {folder}, read as {backbone}, {what} {', '.join(names[:3])} ({len(names)} in all)")
+            raise UserError(f"{flag} {folder}, read as {backbone}, {what} {', '.join(names[:3])} ({len(names)} in all)")
     return Lpips(backbone, tensors).eval()
 
 

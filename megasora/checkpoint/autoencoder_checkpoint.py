@@ -1,0 +1,68 @@
+"""The autoencoder's weights in a checkpoint of `megasora train-ae`: its parameters, their masters or their moving average, by plain names.
+
+Masters and averages lie there flat, each parameter one run over all ranks; here they have their parameters' shapes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megasora.checkpoint import manifests
+from megasora.checkpoint.megatron_io import MegatronReader
+from megasora.checkpoint.source import Select
+from megasora.checkpoint.tensors import Rows, TensorInfo
+from megasora.config.errors import UserError
+
+KIND = "autoencoder"
+
+
+class ShapedReader:
+    """Flat tensors read in the shapes of others of the same names.
+
+    Args:
+        flat: where they lie.
+        shapes: theirs.
+    """
+
+    def __init__(self, flat: MegatronReader, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.flat, self.shapes = flat, shapes
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor."""
+        return {key: replace(info, shape=self.shapes[key]) for key, info in self.flat.infos.items()}
+
+    def rows(self, key: str) -> Rows:
+        """A tensor's bytes."""
+        info = self.infos[key]
+        return self.flat.rows(key).reshape(info.num_rows, info.row_bytes)
+
+    def release(self, key: str) -> None:
+        """Let the tensor's pages go."""
+        self.flat.release(key)
+
+
+def open_parameters(path: Path, *, select: Select = "model") -> tuple[dict[str, Any], ShapedReader]:
+    """(the manifest's state, a reader of the weights).
+
+    Args:
+        path: of the checkpoint.
+        select: master means the parameters themselves where a run keeps no others.
+
+    Raises:
+        UserError: it is no checkpoint of an autoencoder's run, or holds no such weights.
+    """
+    facts = manifests.read(path)
+    state = facts.get("state", {})
+    if facts["format"] != manifests.TRAINING or state.get("kind") != KIND:
+        raise UserError(f"{path} is no checkpoint of megasora train-ae; give one, or the weights of an autoencoder")
+    if select == "ema" and not float(state["ema_decay"]) > 0:
+        raise UserError(f"{path} holds no EMA; use --select model")
+    part = "model" if select == "master" and state["dtype"] == "fp32" else select
+    model = MegatronReader(path, prefix="model.")
+    shapes = {key: info.shape for key, info in model.infos.items()}
+    return state, ShapedReader(model if part == "model" else MegatronReader(path, prefix=f"{part}."), shapes)

@@ -1,0 +1,162 @@
+"""All problems of a run of `megasora train-ae` at once, each with its cure. Pure arithmetic on the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megasora.config.autoencoder_run import AutoencoderRunConfig
+from megasora.config.errors import UserError
+from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
+from megasora.config.problem import Problem
+from megasora.config.profile_steps import profiled_steps
+
+
+def autoencoder_problems(config: AutoencoderRunConfig, *, world_size: int) -> list[Problem]:
+    """Everything that cannot work.
+
+    Args:
+        config: the run.
+        world_size: ranks of the job.
+    """
+    checks = (_layout(config, world_size), _network(config), _losses(config), _adversary(config), _data(config), _numbers(config))
+    return [problem for check in checks for problem in check]
+
+
+def raise_on_autoencoder_problems(config: AutoencoderRunConfig, *, world_size: int) -> None:
+    """Refuse a run that cannot work.
+
+    Raises:
+        UserError: one line per problem, each with its cure.
+    """
+    found = autoencoder_problems(config, world_size=world_size)
+    if found:
+        raise UserError(str(found[0]) if len(found) == 1 else "\n  ".join([f"{len(found)} problems", *map(str, found)]))
+
+
+def _layout(config: AutoencoderRunConfig, world_size: int) -> Iterator[Problem]:
+    if config.parallel.context_parallel_size != 1:
+        yield Problem(
+            field="parallel.context_parallel_size",
+            message=f"is {config.parallel.context_parallel_size}: ranks cannot share a clip of an autoencoder that is trained",
+            cure="use 1; clips are dealt out over the ranks",
+        )
+    if world_size < 1:
+        yield Problem(field="world size", message=f"is {world_size}", cure="use at least 1 rank")
+    if world_size > config.data.batch_size >= 1:
+        yield Problem(
+            field="data.batch_size",
+            message=f"{config.data.batch_size} clips of a step leave some of {world_size} ranks without one",
+            cure=f"use {world_size} or more, or fewer ranks",
+        )
+    if config.device == "cpu" and config.precision.dtype == "bf16":
+        yield Problem(
+            field="precision.dtype", message="is bf16 on the CPU, which no recipe is tested with", cure="use --precision.dtype fp32"
+        )
+
+
+def _network(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    settings, init = config.autoencoder, config.init
+    if settings.kind == "dc-ae":
+        yield from (Problem(field="autoencoder.sizes", message=wrong, cure="change the sizes") for wrong in settings.sizes.problems())
+        for name in ("temporal_compression", "spatial_compression"):
+            wants, has = getattr(settings.sizes, name), getattr(settings, name)
+            if wants != has:
+                yield Problem(field=f"autoencoder.{name}", message=f"is {has}, of these sizes it is {wants}", cure=f"use {wants}")
+    elif init.weights is None:
+        yield Problem(
+            field="init.weights",
+            message="HunyuanVideo's autoencoder is trained on from its folder, which says its sizes",
+            cure="add --init.weights FOLDER (diffusers' AutoencoderKLHunyuanVideo)",
+        )
+    if init.run is not None and init.weights is not None and settings.kind == "dc-ae":
+        yield Problem(field="init.run", message="and init.weights are both given", cure="leave one of them out")
+    if init.run is None and init.run_weights != "auto":
+        yield Problem(field="init.run_weights", message=f"is {init.run_weights} without init.run", cure="add --init.run FOLDER")
+
+
+def _losses(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    loss = config.loss
+    for name in ("lpips_weight", "kl_weight"):
+        if getattr(loss, name) < 0:
+            yield Problem(field=f"loss.{name}", message=f"is {getattr(loss, name)}", cure="use 0 or more")
+    if loss.lpips_weight > 0 and loss.lpips is None:
+        yield Problem(
+            field="loss.lpips",
+            message=f"LPIPS has weight {loss.lpips_weight} and no weights of its own",
+            cure="add --loss.lpips FOLDER (torchvision's vgg16 and lpips/weights/v0.1/vgg.pth), or --loss.lpips_weight 0",
+        )
+    if loss.kl_weight > 0 and config.autoencoder.kind == "dc-ae":
+        yield Problem(field="loss.kl_weight", message="a DC-AE's posterior has no spread to weigh", cure="use 0")
+
+
+def _adversary(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    settings = config.discriminator
+    if settings.weight < 0:
+        yield Problem(field="discriminator.weight", message=f"is {settings.weight}", cure="use 0 (none) or 0.05")
+    if not config.has_discriminator:
+        return
+    if settings.width < 1 or settings.num_layers < 1:
+        yield Problem(field="discriminator", message="has no layers", cure="use width 64 and num_layers 5")
+    if settings.norm == "group" and settings.width * 2 % 32:
+        yield Problem(field="discriminator.norm", message=f"{2 * settings.width} channels are no 32 groups", cure="use clip")
+    if not 0 <= settings.dropout < 1:
+        yield Problem(field="discriminator.dropout", message=f"is {settings.dropout}", cure="use 0 to below 1")
+    if settings.start_step < 0:
+        yield Problem(field="discriminator.start_step", message=f"is {settings.start_step}", cure="use 0 or more")
+    if settings.optimizer.ema_decay != 0:
+        yield Problem(field="discriminator.optimizer.ema_decay", message="no moving average is kept of the discriminator", cure="use 0")
+
+
+def _data(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    data, settings = config.data, config.autoencoder
+    ratio, causal = settings.temporal_compression, settings.causal
+    bad = [n for n in data.frame_counts if not is_frame_count(n, compression=ratio, causal=causal)]
+    if bad or not data.frame_counts:
+        near = nearest_frame_count(bad[0], compression=ratio, causal=causal) if bad else ratio * 8 + causal
+        yield Problem(
+            field="data.frame_counts",
+            message=f"{bad or 'empty'}: the autoencoder takes {frame_rule(compression=ratio, causal=causal)} frames",
+            cure=f"use {near}",
+        )
+    if data.batch_size < 1:
+        yield Problem(field="data.batch_size", message=f"is {data.batch_size}", cure="use at least 1")
+    if not 0 <= data.image_share <= 1:
+        yield Problem(field="data.image_share", message=f"is {data.image_share}", cure="use 0 to 1; published: 0.2")
+    if data.aspect == "square" and not data.resolution.endswith("px"):
+        yield Problem(
+            field="data.aspect", message=f"{data.resolution} has no square", cure="use a class such as 256px, or --data.aspect nearest"
+        )
+    side = data.resolution.removesuffix("px")
+    if data.aspect == "square" and side.isdecimal() and int(side) % settings.spatial_compression:
+        unit = settings.spatial_compression
+        yield Problem(
+            field="data.resolution",
+            message=f"{side} pixels are no multiple of the {unit} of a latent pixel",
+            cure=f"use {max(1, round(int(side) / unit)) * unit}px",
+        )
+
+
+def _numbers(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    for section, optimizer in (("optimizer", config.optimizer), ("discriminator.optimizer", config.discriminator.optimizer)):
+        ranges = (
+            ("lr", optimizer.lr > 0, "positive"),
+            ("beta1", 0 <= optimizer.beta1 < 1, "in [0, 1)"),
+            ("beta2", 0 <= optimizer.beta2 < 1, "in [0, 1)"),
+            ("eps", optimizer.eps > 0, "positive"),
+            ("clip_grad", optimizer.clip_grad >= 0, "0 or positive"),
+            ("ema_decay", 0 <= optimizer.ema_decay < 1, "in [0, 1)"),
+        )
+        for name, good, rule in ranges:
+            if not good:
+                yield Problem(field=f"{section}.{name}", message=f"is {getattr(optimizer, name)}", cure=f"use a value that is {rule}")
+    if config.train.steps < 1:
+        yield Problem(field="train.steps", message=f"is {config.train.steps}", cure="use 1 or more")
+    if config.guard.window < 4 or config.guard.patience < 1:
+        yield Problem(field="guard", message="window and patience are too small", cure="use a window of 4 or more, a patience of 1 or more")
+    evaluation = config.evaluation
+    if evaluation.interval_steps < 0 or evaluation.max_clips < 1 or evaluation.shown_clips < 0:
+        yield Problem(field="evaluation", message="has a negative number", cure="use 0 to turn it off")
+    try:
+        profiled_steps(config.profile.steps)
+    except (UserError, ValueError) as error:
+        yield Problem(field="profile.steps", message=str(error), cure="use first:last, such as 10:12")

@@ -1,0 +1,74 @@
+"""Held-out clips through the autoencoder at intervals: PSNR, SSIM, LPIPS where its weights are, and pictures for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megasora.config.autoencoder_run import AutoencoderEvalConfig
+from megasora.data.decoding.contract import normalise
+from megasora.media.likeness import psnr_of, ssim_of_frames
+from megasora.parallel.groups import ParallelContext
+from megasora.training.autoencoder.step import AutoencoderTrainee
+from megasora.training.metrics import MetricsLog, film_strip
+from megasora.training.profiling import Place
+
+
+class Reconstruct:
+    """An event: every rank measures its share of the clips, rank 0 shows its first ones.
+
+    Args:
+        clips: (name, pixels uint8 [3, T, H, W]) of all held-out clips.
+        settings: when and how many.
+        context: this rank's groups.
+        log: of the run.
+    """
+
+    place: Place = "evaluate"
+
+    def __init__(
+        self, clips: Sequence[tuple[str, Tensor]], *, settings: AutoencoderEvalConfig, context: ParallelContext, log: MetricsLog
+    ) -> None:
+        self.clips, self.settings, self.context, self.log = clips, settings, context, log
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """At multiples of the interval, also before the first step, and at the end."""
+        return last or step % self.settings.interval_steps == 0
+
+    @torch.no_grad()
+    def happen(self, trainee: AutoencoderTrainee) -> dict[str, Any]:
+        """Measure and show; means over clips, PSNR in dB of each clip's mean squared error."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.context.device)
+        for number in range(self.context.rank, len(self.clips), self.context.world_size):
+            _, levels = self.clips[number]
+            video = normalise(levels.to(self.context.device))
+            made = trainee.network.reconstruct(video, key=None).pixels.float().clamp(-1, 1)
+            psnr, ssim = likeness(levels, levels_of(made))
+            lpips = float(trainee.lpips(video.transpose(0, 1), made.transpose(0, 1)).mean()) if trainee.lpips is not None else 0.0
+            sums += torch.tensor([psnr, ssim, lpips], dtype=torch.float64, device=sums.device)
+            if self.context.rank == 0 and number // self.context.world_size < self.settings.shown_clips:
+                strip = torch.cat([film_strip(video), film_strip(made)], dim=2)
+                self.log.add_images(f"reconstructions/{number}", strip, step=trainee.step)
+        dist.all_reduce(sums)
+        psnr, ssim, lpips = (sums / len(self.clips)).tolist()
+        measured = {"psnr": psnr, "ssim": ssim, "lpips": lpips if trainee.lpips is not None else None}
+        said = f"step {trainee.step:>6}  held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f}" + (f", LPIPS {lpips:.4f}" if trainee.lpips else "")
+        return {"event": "reconstruct", "step": trainee.step, **measured, "clips": len(self.clips), "said": said}
+
+
+def levels_of(video: Tensor) -> Tensor:
+    """Levels uint8 of a clip in [-1, 1], on the CPU."""
+    return video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def likeness(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """(PSNR in dB, SSIM) of two clips of levels uint8 [3, T, H, W]."""
+    squared = float((a.int() - b.int()).pow(2).double().mean())
+    with ThreadPoolExecutor() as pool:
+        ssim = ssim_of_frames(a.transpose(0, 1), b.transpose(0, 1), pool=pool) / a.shape[1]
+    return min(psnr_of(squared), 100.0), ssim  # a clip that comes back exactly would make the mean infinite
