@@ -60,8 +60,8 @@ class LossConfig:
     """Of the KL divergence from a normal distribution. HunyuanVideo's: 1e-6; a DC-AE has none."""
     reduction: Literal["sum", "mean"] = "mean"
     """sum, as published (repo opensora/models/vae/losses.py): a frame's loss is the sum over its channels and pixels, a clip's the mean of
-    its frames', its KL the sum over its latent. mean: the same divided by a frame's 3 H W, so that a number means the same at each size and
-    clip_grad, the guard and the constants of the adaptive weight work on numbers near 1. Adam's step is nearly the same either way."""
+    its frames', its KL the sum over its latent. mean: the same divided by a frame's 3 H W, so that a number means the same at each size,
+    and clip_grad, the guard and the constants of the adaptive weight work on numbers near 1. Adam's step is nearly the same either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
