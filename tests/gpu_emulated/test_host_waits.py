@@ -35,7 +35,7 @@ def train_watched(rank: int, config: RunConfig) -> list[StepWaits]:
     from megasora.training import run, trainer
 
     steps: list[StepWaits] = []
-    real = trainer.train_step
+    real = diffusion.train_step
     with watch() as memory:
 
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -45,11 +45,11 @@ def train_watched(rank: int, config: RunConfig) -> list[StepWaits]:
             memory.waits = []
             return result
 
-        trainer.train_step = step
+        diffusion.train_step = step
         try:
             run.train(config)
         finally:
-            trainer.train_step = real
+            diffusion.train_step = real
     return steps
 
 

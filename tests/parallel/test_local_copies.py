@@ -14,7 +14,7 @@ import pytest
 
 from megasora.checkpoint import local_copies, manifests, store
 from megasora.config.schema import ParallelConfig, PrecisionConfig, RunConfig
-from megasora.training import trainer
+from megasora.training import diffusion
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
 from tests.parallel.test_parity import layout
 from tests.pool import RankPool
@@ -34,18 +34,18 @@ def config_of(folder: Path, parallel: ParallelConfig, **changes: Any) -> RunConf
 
 def trains(rank: int, config: RunConfig, until: int) -> None:
     """A run whose every rank is a node, and that stands still after a step."""
-    real_node, real_step = local_copies.node_name, trainer.train_step
+    real_node, real_step = local_copies.node_name, diffusion.train_step
 
     def step(trainee: Any, *arguments: Any, **options: Any) -> Any:
         if trainee.step == until:
             time.sleep(600)
         return real_step(trainee, *arguments, **options)
 
-    local_copies.node_name, trainer.train_step = lambda: f"node{rank}", step
+    local_copies.node_name, diffusion.train_step = lambda: f"node{rank}", step
     try:
         train_on_rank(rank, config)
     finally:
-        local_copies.node_name, trainer.train_step = real_node, real_step
+        local_copies.node_name, diffusion.train_step = real_node, real_step
 
 
 def copies(folder: Path, node: int) -> list[int]:
