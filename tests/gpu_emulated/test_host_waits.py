@@ -32,7 +32,7 @@ class StepWaits:
 
 def train_watched(rank: int, config: RunConfig) -> list[StepWaits]:
     """One rank of a run."""
-    from megasora.training import run, trainer
+    from megasora.training import diffusion, run
 
     steps: list[StepWaits] = []
     real = diffusion.train_step
