@@ -134,8 +134,8 @@ MUTANTS = (
     Mutant(
         "a run goes on with another seed",
         "megasora/training/checkpoints.py",
-        "            if state[name] == value:",
-        '            if name != "model" or state[name] == value:',
+        "            if state.get(name) == value:",
+        '            if name != "model" or state.get(name) == value:',
         STEPS,
     ),
     Mutant(
@@ -285,7 +285,7 @@ MUTANTS = (
     Mutant(
         "the step before stays when the run goes back",
         "megasora/training/trainer.py",
-        'if answer == "go_back" and self._applied is not None:',
+        'if answer == "go_back" and self.applied is not None:',
         "if False:",
         GUARD,
     ),
@@ -313,7 +313,7 @@ MUTANTS = (
     Mutant(
         "unchanged data begin anew",
         "megasora/training/checkpoints.py",
-        "            if state[name] == value:\n                continue\n            was, now",
+        "            if state.get(name) == value:\n                continue\n            was, now",
         "            was, now",
         ("tests/parallel/test_resume_data.py",),
     ),
