@@ -245,7 +245,7 @@ def _data_s(config: RunConfig, packs: StepPacks, *, hardware: Hardware) -> float
     encoded = encoding_s(config, _most_clips(packs), ranks=config.parallel.model_parallel_size, hardware=hardware)
     if not hardware.feed_s:
         return encoded
-    shares = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
+    shares = config.parallel.model_parallel_size  # clips are encoded by all ranks of a replica
     most = max(sum(clip.tokens for pack in packs.computed(number) for clip in pack) for number in range(len(packs.replicas)))
     return encoded + hardware.feed_s * most / shares
 
