@@ -77,6 +77,11 @@ def autoencoder_defaults(words: Sequence[str], *, command: str) -> Mapping[str, 
     return {"config": autoencoder_named(words[0])}
 
 
+def name_elsewhere(name: str) -> str:
+    """The recipe, or the config.yaml, as a command in another folder names it."""
+    return str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name
+
+
 def config_named(name: str) -> RunConfig:
     """The settings of a recipe or of a config.yaml.
 

@@ -118,7 +118,7 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
         fp8_weights=_fp8_weight_bytes(config, stage),
         activations=activations,
         working_set=_working_set(config, stage, tokens, samples=pack.samples),
-        workspace=GPU_WORKSPACE["none" if config.precision.fp8 == "none" else "fp8"] * tokens * model.hidden_size * _number_bytes(config),
+        workspace=GPU_WORKSPACE["none" if config.precision.fp8 == "none" else "fp8"] * tokens * model.hidden_size * number_bytes(config),
         stage=stage,
         tokens=tokens,
         in_flight=in_flight,
@@ -143,7 +143,7 @@ def _state_parts(config: RunConfig, own: float, *, world_size: int) -> tuple[flo
     """
     parallel = config.parallel
     shards = max(1, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
-    weights = 0 if parallel.zero_stage == 3 else own * _number_bytes(config)
+    weights = 0 if parallel.zero_stage == 3 else own * number_bytes(config)
     gradients = own * 4 / (1 if parallel.zero_stage == 1 else shards)
     own_master = config.precision.dtype == "fp32" and parallel.zero_stage == 1
     return weights, gradients, own * (8 if own_master else 12) / shards, own * (4 if config.optimizer.ema_decay > 0 else 0) / shards
@@ -201,7 +201,7 @@ def saved_by_block(model: ModelConfig, *, double: bool, ulysses: bool, selective
 
 def block_bytes(config: RunConfig, *, double: bool, mode: str, samples: int) -> float:
     """Bytes per token of the share that a block keeps for its backward pass when it is recomputed in `mode` (none, selective, full)."""
-    model, number = config.model, _number_bytes(config)
+    model, number = config.model, number_bytes(config)
     if mode == "full":
         return float(model.hidden_size * number)
     shared_by = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
@@ -224,7 +224,7 @@ def _fp8_copy_bytes(config: RunConfig) -> float:
 
 def _chunk_bytes(config: RunConfig, stage: int, chunk: int, tokens: int, *, samples: int) -> float:
     """Bytes that one forward pass of a chunk keeps."""
-    model, number = config.model, _number_bytes(config)
+    model, number = config.model, number_bytes(config)
     modes = block_modes(model, config.parallel, stage=stage, chunk=chunk)
     blocks = sum(count * block_bytes(config, double=double, mode=mode, samples=samples) for (double, mode), count in Counter(modes).items())
     first = stage == 0 and chunk == 0
@@ -260,7 +260,7 @@ def _block_bytes_of(config: RunConfig, samples: int, double: bool, mode: str) ->
 def _working_set(config: RunConfig, stage: int, tokens: int, *, samples: int) -> float:
     """Bytes on top of everything kept at the worst moment of a backward pass: it starts with the last block, and frees what each kept."""
     model, parallel = config.model, config.parallel
-    number, tp = _number_bytes(config), parallel.tensor_model_parallel_size
+    number, tp = number_bytes(config), parallel.tensor_model_parallel_size
     one = tokens * model.hidden_size * number
     worst = 0.0
     of_block = cache(partial(_block_bytes_of, config, samples))
@@ -286,7 +286,7 @@ def _gathered_bytes(config: RunConfig, mode: str) -> float:
     That is at the first block to run backward, with its gradients (ZeRO-2) or its weights and the next block's (ZeRO-3). Where blocks keep
     their inputs alone it is a later one, while the fp32 gradient of the block before it is on its way.
     """
-    number, zero_stage = _number_bytes(config), config.parallel.zero_stage
+    number, zero_stage = number_bytes(config), config.parallel.zero_stage
     if zero_stage == 1:
         return 0.0
     return float(number + 4 if mode == "full" else number * (zero_stage - 1))
@@ -308,7 +308,7 @@ def _at_output_projection(config: RunConfig, stage: int, mode: str, *, again: fl
     merged = (h + model.ffn_hidden_size) / h
     remade = {"none": 0.0, "selective": (merged - (1 if ulysses_size(config) > 1 else 0)) * one, "full": again + one}[mode]
     freed = 2 if stage == parallel.pipeline_model_parallel_size - 1 else 0  # the final layer's
-    return remade + (tp + merged - freed) * one + merged * h * h / tp * _number_bytes(config)
+    return remade + (tp + merged - freed) * one + merged * h * h / tp * number_bytes(config)
 
 
 def ulysses_size(config: RunConfig) -> int:
@@ -322,7 +322,7 @@ def ulysses_size(config: RunConfig) -> int:
     )
 
 
-def _number_bytes(config: RunConfig) -> int:
+def number_bytes(config: RunConfig) -> int:
     """Bytes of one activation."""
     return 4 if config.precision.dtype == "fp32" else 2
 

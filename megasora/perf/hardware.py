@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -78,10 +77,8 @@ class Hardware:
     """Host time of one kernel's launch: a step cannot be shorter than its launches."""
     feed_s: float = 0.0
     """Host seconds a token of a rank's packs that a step waits for: reading, noise, micro-batches (of a CPU; on a GPU beside steps)."""
-    compute_ranks: int = 0
-    """Ranks that share one computer's compute units (a CPU): more ranks are slower by as much. 0: each has its own."""
     compute_loss: Points = ()
-    """Ranks at work on one computer -> factor on every rate of each (measured); empty: by `compute_ranks` alone."""
+    """Ranks at work on one computer -> share of its rate that each keeps (measured); empty: each has units of its own."""
     process_bytes: float = 0.0
     """Resident memory of a rank's process before its model (a CPU, where a run's peak counts it)."""
     host_bytes_per_s: float = 50e9
@@ -98,13 +95,6 @@ class Hardware:
     def node(self) -> Link:
         """The link inside a node."""
         return self.links[0]
-
-    def link_of(self, ranks: Sequence[int]) -> Link:
-        """The slowest link that a group of these world ranks needs: ranks of one domain stand one after another."""
-        for link in self.links:
-            if link.ranks == 0 or len({rank // link.ranks for rank in ranks}) == 1:
-                return link
-        return self.links[-1]
 
 
 def rate_at(points: Points, size: float) -> float:

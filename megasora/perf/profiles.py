@@ -9,12 +9,12 @@ so.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 
 from megasora.config.errors import UserError
 from megasora.perf.hardware import Hardware, Link, Points, Rates, with_network
+from megasora.perf.peaks import PEAK_BF16_TFLOPS
 
 GB = 1e9
 TERA = 1e12
@@ -52,7 +52,7 @@ INFINIBAND = {
 
 H100 = Hardware(
     name="h100",
-    peak=(("bf16", 989e12), ("fp8", 1979e12), ("fp32", 67e12)),
+    peak=(("bf16", PEAK_BF16_TFLOPS["H100"] * TERA), ("fp8", 1979e12), ("fp32", 67e12)),
     memory_bytes=80 * GB,
     rates=_H100_RATES,
     links=(NVLINK4, INFINIBAND["400"]),
@@ -106,7 +106,7 @@ def _a100() -> Hardware:
     return replace(
         H100,
         name="a100",
-        peak=(("bf16", 312e12), ("fp32", 19.5e12)),
+        peak=(("bf16", PEAK_BF16_TFLOPS["A100"] * TERA), ("fp32", 19.5e12)),
         memory_bytes=80 * GB,
         rates=replace(rates, matmul_fp8=()),
         links=(
@@ -125,7 +125,7 @@ def _b200() -> Hardware:
     return replace(
         H100,
         name="b200",
-        peak=(("bf16", 2250e12), ("fp8", 4500e12), ("fp32", 75e12)),
+        peak=(("bf16", PEAK_BF16_TFLOPS["B200"] * TERA), ("fp8", 4500e12), ("fp32", 75e12)),
         memory_bytes=180 * GB,
         rates=rates,
         links=(
@@ -191,4 +191,4 @@ def named(name: str) -> Hardware:
         else:
             networks = ", ".join(f"ib{speed}" for speed in INFINIBAND)
             raise UserError(f"{name}: {change!r} changes nothing of a profile; there are {networks} and price=DOLLARS")
-    return dataclasses.replace(hardware, name=name)
+    return replace(hardware, name=name)

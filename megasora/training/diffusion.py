@@ -23,7 +23,7 @@ from megasora.training.checkpoints import Checkpoints
 from megasora.training.evaluation import Evaluator
 from megasora.training.events import Copy, Evaluate, Event, Save, ShowSamples
 from megasora.training.feed import Feeder, StepBatch
-from megasora.training.metrics import MetricsLog, StepMetrics
+from megasora.training.metrics import StepMetrics
 from megasora.training.optimizer import ensure_adam_state, refresh_masters
 from megasora.training.prerequisites import encoders_needed, open_training_cache
 from megasora.training.profiling import open_profile
@@ -67,20 +67,8 @@ class DiffusionTrainer(Trainer):
         self.trainee.enter = self.vitals.enter
         resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
         self.events = [resumed] if resumed else self._initialize(start)
-        if self.checkpoints.without_copies is not None:
-            self.events.append({"event": "local_off", "reason": self.checkpoints.without_copies})
-        if manifest.unread:
-            self.events.append({"event": "columns", "unread": list(manifest.unread)})
-        self.events += [{"event": "unfit", "row": row.row, "reason": row.reason} for row in (*manifest.skipped, *unfit)]
         self.evaluator = self._evaluator()
-        self.log = MetricsLog(
-            run_dir,
-            active=context.rank == 0,
-            total_steps=config.train.steps,
-            first_step=self.trainee.step,
-            interval_steps=config.train.log_interval_steps,
-            tensorboard=config.train.tensorboard,
-        )
+        self.begin(manifest=manifest, unfit=unfit)
 
     def take_step(self, batch: StepBatch) -> StepResult:
         """See `Trainer.take_step`."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from megasora.config.errors import UserError
 from megasora.config.run_basics import RunBasics
+from megasora.data.manifest import Manifest, SkippedRow
 from megasora.data.plan import PlannedClip, SamplerState
 from megasora.data.quarantine import Quarantine, read_failures
 from megasora.parallel.groups import ParallelContext
@@ -120,6 +121,22 @@ class Trainer(ABC):
         self.quarantine = self._open_quarantine(run_dir / "recovery" / "clips")
         self.applied: SamplerState | None = None
         """Position of the last step that changed the weights."""
+
+    def begin(self, *, manifest: Manifest, unfit: Sequence[SkippedRow]) -> None:
+        """Open the log, and tell what any run tells at its start: copies that cannot be made, columns and rows that are not used."""
+        if self.checkpoints.without_copies is not None:
+            self.events.append({"event": "local_off", "reason": self.checkpoints.without_copies})
+        if manifest.unread:
+            self.events.append({"event": "columns", "unread": list(manifest.unread)})
+        self.events += [{"event": "unfit", "row": row.row, "reason": row.reason} for row in (*manifest.skipped, *unfit)]
+        self.log = MetricsLog(
+            self.run_dir,
+            active=self.context.rank == 0,
+            total_steps=self.basics.train.steps,
+            first_step=self.trainee.step,
+            interval_steps=self.basics.train.log_interval_steps,
+            tensorboard=self.basics.train.tensorboard,
+        )
 
     @abstractmethod
     def feeder(self) -> StepFeeder:

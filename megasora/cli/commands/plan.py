@@ -10,7 +10,7 @@ from typing import Any
 
 from megasora.cli.endings import Answer, file_errors
 from megasora.cli.progress import row_bar
-from megasora.cli.recipe_arguments import RecipeArgs, config_defaults, config_named
+from megasora.cli.recipe_arguments import RecipeArgs, config_defaults, config_named, name_elsewhere
 from megasora.config.errors import UserError
 from megasora.config.files import written_whole
 from megasora.config.schema import RunConfig
@@ -113,9 +113,8 @@ def _write_sbatch(args: Args, config: RunConfig) -> None:
     per_node = min(args.gpus, load_hardware(args.gpu).gpus_per_node)
     if args.gpus % per_node:
         raise UserError(f"--gpus {args.gpus} does not fill nodes of {per_node} GPUs, as --sbatch needs")
-    recipe = str(Path(args.source).absolute()) if args.source.endswith((".yaml", ".yml")) else args.source
     job = SlurmJob(
-        recipe=recipe,
+        recipe=name_elsewhere(args.source),
         config=config,
         flags=tuple(changed_flags(config_named(args.source), config, without=GIVEN)),
         command=shlex.join(["megasora", "plan", *sys.argv[2:]]),

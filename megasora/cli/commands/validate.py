@@ -88,15 +88,11 @@ def _autoencoder(config: RunConfig) -> dict[str, Any] | None:
 
     None for an autoencoder of no published size without a folder; nothing to encode where clips keep their own size.
     """
-    import torch
-
-    from megasora.models.autoencoders.choice import blank_autoencoder
     from megasora.models.autoencoders.cost import AutoencoderCost
     from megasora.models.autoencoders.memory import AutoencoderMemory
-    from megasora.models.encoders.bundle import be_quiet
+    from megasora.models.encoders.bundle import counted_autoencoder
 
-    be_quiet()
-    autoencoder = blank_autoencoder(config.encoders, dtype=torch.bfloat16 if config.encoders.dtype == "bf16" else torch.float32)
+    autoencoder = counted_autoencoder(config.encoders)
     if autoencoder is None or autoencoder.facts.latent_channels != config.model.latent_channels:
         return None
     sample, largest, unit = config.sample, largest_clip(config), config.encoders.spatial_compression * config.model.patch_size

@@ -11,7 +11,7 @@ from torch import Tensor
 from megasora.config.errors import UserError
 from megasora.config.schema import EncodersConfig, ModelConfig
 from megasora.models.autoencoders.autoencoder import Autoencoder
-from megasora.models.autoencoders.choice import load_autoencoder, mismatches
+from megasora.models.autoencoders.choice import blank_autoencoder, load_autoencoder, mismatches
 from megasora.models.encoders.text import ClipTextEncoder, T5TextEncoder
 
 PARTS = ("vae", "t5", "clip")
@@ -71,6 +71,12 @@ def load_encoders(config: EncodersConfig, *, model: ModelConfig, device: torch.d
         if has != wants:
             raise UserError(f"{name} are {has}, the model takes {wants}; give encoders that fit or change --model.*")
     return Encoders(autoencoder=vae, t5=t5, clip=clip)
+
+
+def counted_autoencoder(config: EncodersConfig) -> Autoencoder | None:
+    """`blank_autoencoder` in the run's own number format: to count what it takes before there is a device."""
+    be_quiet()
+    return blank_autoencoder(config, dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32)
 
 
 def be_quiet() -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
-from megasora.config.memory import block_modes, stage_estimate, ulysses_size
+from megasora.config.memory import block_modes, number_bytes, stage_estimate, ulysses_size
 from megasora.config.parameters import ParameterShape, parameter_shapes
 from megasora.config.schema import RunConfig
 from megasora.parallel.topology import Coordinates
@@ -29,7 +29,6 @@ from megasora.perf.collectives import (
 from megasora.perf.flops import LayerFlops, PackOnRank, add_flops, rank_flops
 from megasora.scaling.dryrun.result import DryRun, Part
 
-ITEMSIZE = {"bf16": 2, "fp32": 4}
 GRAD_ITEMSIZE = 4
 """Gradients are summed in fp32."""
 
@@ -103,7 +102,7 @@ def compare_memory(run: DryRun, config: RunConfig) -> tuple[Compared, ...]:
 
 def expected_state(run: RankStep, config: RunConfig) -> tuple[Part, ...]:
     """Weights, gradients, optimizer, EMA and padding of the rank, from the layout alone."""
-    parallel, number = config.parallel, ITEMSIZE[config.precision.dtype]
+    parallel, number = config.parallel, number_bytes(config)
     shards = shards_of(run, config)
     rank = run.at.dp * parallel.context_parallel_size + run.at.cp
     shapes = [shape for chunk in _chunks(config, run.at.pp) for part in _parameters(chunk.stage, config) for shape in part]
@@ -189,7 +188,7 @@ def _chunks(config: RunConfig, stage: int) -> list[_Chunk]:
 
 def _of_pass(chunk: _Chunk, pack: PackOnRank, config: RunConfig) -> dict[str, Traffic]:
     """Forward and backward of a micro-batch, by group."""
-    parallel, model, itemsize = config.parallel, config.model, ITEMSIZE[config.precision.dtype]
+    parallel, model, itemsize = config.parallel, config.model, number_bytes(config)
     tp, ulysses = parallel.tensor_model_parallel_size, ulysses_size(config)
     ring = parallel.context_parallel_size // ulysses
     sizes = {"model": model, "tp": tp, "tokens": pack.tokens, "itemsize": itemsize}
@@ -225,7 +224,7 @@ def _of_pass(chunk: _Chunk, pack: PackOnRank, config: RunConfig) -> dict[str, Tr
 
 def _of_step_end(chunk: _Chunk, number: int, run: RankStep, config: RunConfig) -> dict[str, Traffic]:
     """Gradients and weights of a chunk, once a step or (ZeRO-2 and ZeRO-3) once a micro-batch; the number of samples with chunk 0."""
-    parallel, model, itemsize = config.parallel, config.model, ITEMSIZE[config.precision.dtype]
+    parallel, model, itemsize = config.parallel, config.model, number_bytes(config)
     tp, shards = parallel.tensor_model_parallel_size, shards_of(run, config)
     counted = Traffic(all_reduce=4 if shards > 1 and number == 0 else 0)
     shapes = _parameters(chunk.stage, config)

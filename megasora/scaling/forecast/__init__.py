@@ -1,4 +1,4 @@
-"""The time of a step on given hardware, before any GPU is there: arithmetic and an event-by-event pipeline, no torch.
+"""The time of a step on given hardware, before any GPU is there: arithmetic and an event-by-event pipeline; nothing is computed or sent.
 
 cost        seconds by category, which add up
 block       one block, one pack: products, attention, memory-bound kernels, collectives

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megasora.config.memory import ulysses_size
+from megasora.config.memory import number_bytes, ulysses_size
 from megasora.config.pack_tokens import FP8_ROW_MULTIPLE
 from megasora.config.schema import ModelConfig, RunConfig
 from megasora.perf.hardware import Hardware, rate_at
@@ -99,7 +99,7 @@ def setting_of(config: RunConfig, *, hardware: Hardware, slower: float = 1.0) ->
         ulysses=ulysses_size(config),
         fp8=precision.fp8 != "none",
         kernels="torch" if on_cpu or precision.kernels == "torch" else "triton",
-        number=4 if precision.dtype == "fp32" else 2,
+        number=number_bytes(config),
         slower=slower,
     )
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
-
 from megasora.config.schema import EncodersConfig, RunConfig
 from megasora.data.plan import PlannedClip
-from megasora.models.autoencoders.choice import blank_autoencoder
 from megasora.models.autoencoders.cost import AutoencoderCost
-from megasora.models.encoders.bundle import be_quiet
+from megasora.models.encoders.bundle import counted_autoencoder
 from megasora.perf.hardware import Hardware
 
 T5_PARAMETERS = 4.76e9
@@ -36,8 +33,7 @@ def latent_flops(encoders: EncodersConfig, num_frames: int, height: int, width: 
 
 @lru_cache(maxsize=8)
 def _cost(encoders: EncodersConfig) -> AutoencoderCost | None:
-    be_quiet()
-    autoencoder = blank_autoencoder(encoders, dtype=torch.bfloat16 if encoders.dtype == "bf16" else torch.float32)
+    autoencoder = counted_autoencoder(encoders)
     return None if autoencoder is None else AutoencoderCost(autoencoder)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megasora.config.memory import block_modes
+from megasora.config.memory import block_modes, number_bytes
 from megasora.config.parameters import double_block_parameters, single_block_parameters
 from megasora.config.pipeline_split import stage_parameters
 from megasora.config.schema import RunConfig
@@ -86,7 +86,7 @@ def _zero1_s(config: RunConfig, stage: int, beside: Beside, *, topology: Topolog
     own = stage_parameters(config.model, config.parallel)[stage] / topology.tp
     buckets = max(1, round(own / max(BUCKET, 1_000_000 * group.size)))
     gradients = buckets * collective_s("reduce_scatter", 4 * own / buckets, placement=group, hardware=hardware)
-    weights = buckets * collective_s("all_gather", _number(config) * own / buckets, placement=group, hardware=hardware)
+    weights = buckets * collective_s("all_gather", number_bytes(config) * own / buckets, placement=group, hardware=hardware)
     hides_gradients, hides_weights = overlaps(config, topology, hardware)
     exposed = _exposed(gradients, beside.backwards[-1] if hides_gradients else 0.0, buckets)
     return exposed + _exposed(weights, beside.forwards[0] if hides_weights else 0.0, buckets)
@@ -111,16 +111,12 @@ def _fully_sharded_s(config: RunConfig, stage: int, beside: Beside, *, topology:
     def exchange(kind: Kind, elements: float, size: int) -> float:
         return pieces * collective_s(kind, size * elements / pieces, placement=group, hardware=hardware)
 
-    scattered, gathered, again = exchange("reduce_scatter", own, 4), exchange("all_gather", own, _number(config)), 0.0
+    scattered, gathered, again = exchange("reduce_scatter", own, 4), exchange("all_gather", own, number_bytes(config)), 0.0
     if config.parallel.zero_stage == 3:
-        again = exchange("all_gather", in_blocks, _number(config))
+        again = exchange("all_gather", in_blocks, number_bytes(config))
     exposed = 0.0
     for number, (forward, backward) in enumerate(zip(beside.forwards, beside.backwards, strict=True)):
         if number == 0 or config.parallel.zero_stage == 3:
             exposed += _exposed(gathered, forward if on_gpu else 0.0, pieces)
         exposed += _exposed(scattered + again, backward if on_gpu else 0.0, pieces)
     return exposed
-
-
-def _number(config: RunConfig) -> int:
-    return 4 if config.precision.dtype == "fp32" else 2

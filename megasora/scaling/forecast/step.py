@@ -242,12 +242,12 @@ def least_step_time(config: RunConfig, packs: StepPacks, *, world_size: int, har
 
 def _data_s(config: RunConfig, packs: StepPacks, *, hardware: Hardware) -> float:
     """Seconds of the busiest rank in the encoders, and of the host that makes its micro-batches where a step waits for it."""
-    encoded = encoding_s(config, _most_clips(packs), ranks=config.parallel.model_parallel_size, hardware=hardware)
+    ranks = config.parallel.model_parallel_size  # all ranks of a replica share out its clips
+    encoded = encoding_s(config, _most_clips(packs), ranks=ranks, hardware=hardware)
     if not hardware.feed_s:
         return encoded
-    shares = config.parallel.model_parallel_size  # clips are encoded by all ranks of a replica
     most = max(sum(clip.tokens for pack in packs.computed(number) for clip in pack) for number in range(len(packs.replicas)))
-    return encoded + hardware.feed_s * most / shares
+    return encoded + hardware.feed_s * most / ranks
 
 
 def _stage_parts(config: RunConfig, replica: _Replica, stage: int, *, data: float, topology: Topology, hardware: Hardware) -> StepParts:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from megasora.config.pack_tokens import largest_clip
 from megasora.config.schema import RunConfig
-from megasora.models.autoencoders.choice import blank_autoencoder
 from megasora.models.autoencoders.memory import AutoencoderMemory
-from megasora.models.encoders.bundle import be_quiet
+from megasora.models.encoders.bundle import counted_autoencoder
 
 CONTEXT_BYTES = 4e9
 """CUDA's context, NCCL's buffers, fragmentation, on top of the 4 to 8 GB that a device has beyond its data sheet (chosen)."""
@@ -36,8 +33,7 @@ def beside(config: RunConfig) -> Beside:
     found = largest_clip(config)
     if config.data.cache is not None or found is None:
         return Beside(context=CONTEXT_BYTES, encoders=0.0)
-    be_quiet()
-    autoencoder = blank_autoencoder(config.encoders, dtype=torch.bfloat16 if config.encoders.dtype == "bf16" else torch.float32)
+    autoencoder = counted_autoencoder(config.encoders)
     if autoencoder is None:
         return Beside(context=CONTEXT_BYTES, encoders=0.0)
     unit = config.encoders.spatial_compression * config.model.patch_size

@@ -35,7 +35,6 @@ from megasora.training.autoencoder.step import (
     build_learning,
 )
 from megasora.training.events import Copy, Event, Save
-from megasora.training.metrics import MetricsLog
 from megasora.training.optimizer import EMA, ensure_adam_state
 from megasora.training.profiling import open_profile
 from megasora.training.trainer import StopRequest, Trainer
@@ -86,20 +85,8 @@ class AutoencoderTrainer(Trainer):
         resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
         weights = start.checkpoint or config.init.weights or "random"
         self.events = [resumed or {"event": "init", "weights": weights, "select": start.select, "notes": list(start.notes)}]
-        if self.checkpoints.without_copies is not None:
-            self.events.append({"event": "local_off", "reason": self.checkpoints.without_copies})
-        if manifest.unread:
-            self.events.append({"event": "columns", "unread": list(manifest.unread)})
-        self.events += [{"event": "unfit", "row": row.row, "reason": row.reason} for row in (*manifest.skipped, *unfit)]
         self.held_out = self._held_out()
-        self.log = MetricsLog(
-            run_dir,
-            active=context.rank == 0,
-            total_steps=config.train.steps,
-            first_step=self.trainee.step,
-            interval_steps=config.train.log_interval_steps,
-            tensorboard=config.train.tensorboard,
-        )
+        self.begin(manifest=manifest, unfit=unfit)
 
     def feeder(self) -> ClipFeeder:
         """See `Trainer.feeder`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megasora.cli.endings import Answer, file_errors
-from megasora.cli.recipe_arguments import RecipeArgs, config_defaults, config_named
+from megasora.cli.recipe_arguments import RecipeArgs, config_defaults, config_named, name_elsewhere
 from megasora.config.errors import UserError
 from megasora.config.files import written_whole
 from megasora.config.schema import RunConfig
@@ -86,7 +86,7 @@ def _job(args: Args) -> SlurmJob:
     base = config_named(args.source)
     config = _with_sources(args)
     return SlurmJob(
-        recipe=str(Path(args.source).absolute()) if args.source.endswith((".yaml", ".yml")) else args.source,
+        recipe=name_elsewhere(args.source),
         config=config,
         flags=tuple(changed_flags(base, config, without=GIVEN)),
         command=_command(args, base),

@@ -94,7 +94,6 @@ def hardware_of(found: Calibration, *, device: torch.device, name: str, about: s
         links=(_link(found, memory[-1][1], launch, source),),
         gpus_per_node=torch.cuda.device_count() if on_gpu else found.ranks_per_node,
         launch_s=launch,
-        compute_ranks=0 if on_gpu else len(os.sched_getaffinity(0)),
         compute_loss=found.losses,
         host_bytes_per_s=_host_rate(device) if on_gpu else memory[-1][1],
         sources=(source,),
