@@ -143,7 +143,11 @@ def test_what_cannot_be_is_refused(file: Path, images: Path, tmp_path: Path, cap
     (images / "config.json").write_text(json.dumps({**facts, "upsample_block_type": "pixel_shuffle"}))
     with pytest.raises(UserError, match="upsample_block_type is pixel_shuffle and must be interpolate"):
         export_autoencoder(images, tmp_path / "x", target_format="dc-ae")
-    for flag, what in (("--init", "open-sora-v2"), ("--select", "ema")):
+    mistakes = {
+        ("--init", "open-sora-v2"): "--init is not for autoencoders: leave it out with --to dc-ae",
+        ("--select", "ema"): f"--select ema: {file} is no checkpoint of megasora train-ae, it holds one set of weights",
+    }
+    for flags, answer in mistakes.items():
         with pytest.raises(SystemExit):
-            cli.main(["convert", str(file), str(tmp_path / "x"), "--to", "dc-ae", flag, what])
-        assert f"{flag} is not for autoencoders: leave it out with --to dc-ae" in capsys.readouterr().err
+            cli.main(["convert", str(file), str(tmp_path / "x"), "--to", "dc-ae", *flags])
+        assert answer in capsys.readouterr().err

@@ -149,7 +149,9 @@ def assert_stopped(run_dir: Path, *, by: str) -> None:
     """Its last step is saved, and what is said of its end."""
     last = metrics(run_dir)[-1]
     assert last["step"] < STEPS
-    assert [event["event"] for event in last["events"] if event["event"] in ("checkpoint", "stop")] == ["checkpoint", "stop"]
+    told = [event for event in last["events"] if event["event"] in ("checkpoint", "stop")]
+    assert [event["event"] for event in told][-2:] == ["checkpoint", "stop"]  # before them, at times, an earlier save that ended just now
+    assert told[-2]["path"] == f"step_{last['step']:08d}"
     report = doctor(run_dir)
     assert (report["cause"]["kind"], report["cause"]["what"]) == ("stopped", f"asked to stop by {by}")
     assert report["saved_step"] == last["step"]
