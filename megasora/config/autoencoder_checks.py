@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megasora.config.autoencoder_run import AutoencoderRunConfig
+from megasora.config.distillation_checks import distillation_problems
 from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
 from megasora.config.problem import Problem
@@ -18,7 +19,15 @@ def autoencoder_problems(config: AutoencoderRunConfig, *, world_size: int) -> li
         config: the run.
         world_size: ranks of the job.
     """
-    checks = (_layout(config, world_size), _network(config), _losses(config), _adversary(config), _data(config), _numbers(config))
+    checks = (
+        _layout(config, world_size),
+        _network(config),
+        _losses(config),
+        _adversary(config),
+        distillation_problems(config),
+        _data(config),
+        _numbers(config),
+    )
     return [problem for check in checks for problem in check]
 
 
@@ -137,7 +146,11 @@ def _data(config: AutoencoderRunConfig) -> Iterator[Problem]:
 
 
 def _numbers(config: AutoencoderRunConfig) -> Iterator[Problem]:
-    for section, optimizer in (("optimizer", config.optimizer), ("discriminator.optimizer", config.discriminator.optimizer)):
+    for section, optimizer in (
+        ("optimizer", config.optimizer),
+        ("discriminator.optimizer", config.discriminator.optimizer),
+        ("distillation.optimizer", config.distillation.optimizer),
+    ):
         ranges = (
             ("lr", optimizer.lr > 0, "positive"),
             ("beta1", 0 <= optimizer.beta1 < 1, "in [0, 1)"),

@@ -7,6 +7,7 @@ discriminator's own loss takes the same reconstruction, as it does when the two 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,14 @@ from megasora.config.autoencoder_run import DiscriminatorConfig, LossConfig
 from megasora.models.autoencoders import losses
 from megasora.models.autoencoders.discriminator import ClipDiscriminator
 from megasora.models.autoencoders.losses import Perceptual
+from megasora.training.autoencoder.distillation import Cut, Distillation
 from megasora.training.autoencoder.network import TrainedNetwork
 
-MEASURED = ("objective", "pixels", "lpips", "kl", "generator", "balance", "discriminator", "logits_real", "logits_made")
-"""Numbers of a clip, in their order: objective is the weighted sum without the discriminator, pixels and lpips are means, kl is summed over
-the latent, balance is what the generator's loss was multiplied by."""
+AGAINST = ("generator", "balance", "discriminator", "logits_real", "logits_made")
+ALIGNED = ("cosine", "gram", "alignment_balance")
+MEASURED = ("objective", "pixels", "lpips", "kl", *AGAINST, *ALIGNED)
+"""Numbers of a clip, in their order: objective is the weighted sum without the discriminator and the teacher, pixels and lpips are means,
+kl is summed over the latent, balance is what the generator's loss was multiplied by, alignment_balance what cosine + gram was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,11 @@ class Losses:
     adversary: DiscriminatorConfig
     discriminator: ClipDiscriminator | None
     """None before it takes part."""
+    distillation: Distillation | None = None
+
+    def cut(self) -> AbstractContextManager[Cut | None]:
+        """While the clip goes through the networks; None where no features are aligned."""
+        return nullcontext() if self.distillation is None else self.distillation.cut()
 
 
 def backward_clip(network: TrainedNetwork, video: Tensor, *, losses_of: Losses, draws: ClipDraws, share: float) -> Tensor:
@@ -58,7 +67,8 @@ def backward_clip(network: TrainedNetwork, video: Tensor, *, losses_of: Losses, 
         share: 1 / clips of the step.
     """
     clip = _Clip(network, video, losses_of, draws)
-    made = network.reconstruct(video, key=draws.posterior)
+    with losses_of.cut() as cut:
+        made = network.reconstruct(video, key=draws.posterior)
     pixels = made.pixels
     leaf = pixels.detach().to(torch.promote_types(pixels.dtype, torch.float32)).requires_grad_()
     settings = losses_of.settings
@@ -76,6 +86,8 @@ def backward_clip(network: TrainedNetwork, video: Tensor, *, losses_of: Losses, 
         outputs.append(kl)
         gradients.append(torch.full_like(kl, share * weight))
     torch.autograd.backward(outputs, gradients)
+    if losses_of.distillation is not None and cut is not None:
+        clip.said |= losses_of.distillation.backward(cut, video, share=share)
     if losses_of.discriminator is not None:
         clip.discern(losses_of.discriminator, pixels.detach(), share)
     clip.said["objective"] = objective
