@@ -63,7 +63,7 @@ def test_an_unknown_key_is_named() -> None:
     ("settings", "field", "said"),
     [
         ({"weight": -1.0}, "distillation.weight", "use 0 (none)"),
-        ({"layer": "stages.3"}, "distillation.layer", "the encoder has 3 stages: use latent, or stages.0 to stages.2"),
+        ({"layer": "stages.3"}, "distillation.layer", "the encoder has 3 stages; use latent, or stages.0 to stages.2"),
         ({"layer": "stage 1"}, "distillation.layer", "use latent, or stages.0 to stages.2"),
         ({"teacher_px": 0}, "distillation.teacher_px", "use 224"),
         ({"cosine_margin": 2.0}, "distillation.cosine_margin", "a difference of cosines"),
