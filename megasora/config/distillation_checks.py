@@ -30,7 +30,13 @@ def distillation_problems(config: AutoencoderRunConfig) -> Iterator[Problem]:
             message="a rank that has a part of a clip cannot compare all of its places with the teacher's",
             cure="use 1 with distillation",
         )
-    if settings.teacher is None and config.recipe != TINY_RECIPE:
+    if settings.cache is not None and config.data.temporal_start != "first":
+        yield Problem(
+            field="distillation.cache",
+            message=f"data.temporal_start is {config.data.temporal_start}: a clip begins elsewhere each time, a cache holds one beginning",
+            cure="use --data.temporal_start first, or leave distillation.cache out",
+        )
+    if settings.teacher is None and settings.cache is None and config.recipe != TINY_RECIPE:
         yield Problem(
             field="distillation.teacher",
             message="no teacher is given, and it is never random",

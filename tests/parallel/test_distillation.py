@@ -24,6 +24,8 @@ from megasora.models.autoencoders.teacher import make_tiny_teacher
 from megasora.training.autoencoder.backward import ClipDraws, Losses, backward_clip
 from megasora.training.autoencoder.network import new_network
 from megasora.training.autoencoder.teaching import build_distillation
+from megasora.training.encode.settings import TeacherEncodeSettings
+from megasora.training.encode.teacher import encode_teacher
 from tests.parallel.test_train_ae import SIZES, records, small, train_on_rank
 from tests.pool import RankFailedError, RankPool
 
@@ -126,6 +128,49 @@ def test_a_folder_of_it_has_no_projector_and_a_decoder_that_was_kept(
         assert changed and all(name.startswith("encoder.") for name in changed)
 
 
+@pytest.fixture(scope="module")
+def cache(clips: tuple[Path, Path], teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of the run's clips, in shards of three."""
+    folder = tmp_path_factory.mktemp("features") / "cache"
+    config = cached(run_of(folder, clips, teacher), None)
+    for task in (1, 0):  # as an array's
+        result = encode_teacher(config, TeacherEncodeSettings(output=folder, samples_per_shard=3, shard=f"{task}/2"))
+    assert (result.made, result.kept, result.failed, result.missing) == ((0, 2), (), 0, ())
+    again = encode_teacher(config, TeacherEncodeSettings(output=folder, samples_per_shard=3, shard="0/1", verify=True))
+    assert (again.made, again.kept, again.bytes_written) == ((), (0, 1, 2), 0)
+    return folder
+
+
+def cached(config: AutoencoderRunConfig, cache: Path | None, **settings: Any) -> AutoencoderRunConfig:
+    """The run with clips that begin at their first frames, and features from a cache or from the teacher."""
+    distillation = replace(config.distillation, cache=str(cache) if cache is not None else None, **settings)
+    return replace(config, data=replace(config.data, temporal_start="first"), distillation=distillation)
+
+
+def test_features_of_a_cache_are_those_that_the_teacher_gives_on_the_way(
+    pool: RankPool, clips: tuple[Path, Path], teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    pool.run(1, train_on_rank, cached(run_of(tmp_path / "taught", clips, teacher), None))
+    pool.run(1, train_on_rank, cached(run_of(tmp_path / "read", clips, teacher), cache, teacher=None))
+    ours, theirs = records(tmp_path / "read"), records(tmp_path / "taught")
+    assert [{name: record[name] for name in NUMBERS} for record in ours] == [{name: record[name] for name in NUMBERS} for record in theirs]
+    assert sum(record["images"] for record in ours) > 0  # whose features are not the clips'
+
+
+def test_a_clip_whose_features_are_damaged_is_skipped(
+    pool: RankPool, clips: tuple[Path, Path], teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(cache, tmp_path / "broken"))
+    tar = broken / "shard-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[3000] ^= 1
+    tar.write_bytes(content)
+    pool.run(1, train_on_rank, cached(run_of(tmp_path / "run", clips, teacher, steps=3), broken))
+    skips = [skip for record in records(tmp_path / "run") for event in record["events"] if event["event"] == "skip" for skip in [event]]
+    assert len(skips) == 1
+    assert "teacher's features: row" in str(skips[0])
+
+
 def refused(pool: RankPool, config: AutoencoderRunConfig) -> str:
     with pytest.raises(RankFailedError) as error:
         pool.run(1, train_on_rank, config)
@@ -133,11 +178,13 @@ def refused(pool: RankPool, config: AutoencoderRunConfig) -> str:
 
 
 def test_what_cannot_be_is_refused_in_one_line(
-    pool: RankPool, clips: tuple[Path, Path], teacher: Path, alone: Path, tmp_path: Path
+    pool: RankPool, clips: tuple[Path, Path], teacher: Path, alone: Path, cache: Path, tmp_path: Path
 ) -> None:
     other = make_tiny_teacher(tmp_path / "other", seed=1)
     half = Path(shutil.copytree(teacher, tmp_path / "half"))
     (half / "model.safetensors").unlink()
+    part = Path(shutil.copytree(cache, tmp_path / "part"))
+    (part / "shard-000002.json").unlink()
     going_on = {"steps": STEPS + 1}
     cases = {
         "does not load as Dinov2Model": run_of(tmp_path / "run", clips, half),
@@ -145,6 +192,11 @@ def test_what_cannot_be_is_refused_in_one_line(
         "has another distillation (layer=stages.1) than this run (layer=latent)": run_of(alone, clips, teacher, layer="latent", **going_on),
         "has another distillation": replace(run_of(alone, clips, teacher, **going_on), distillation=DistillationConfig()),
         "is no multiple of the teacher's patch": run_of(tmp_path / "run", clips, teacher, teacher_px=100),
+        "teacher_sha256 is": cached(run_of(tmp_path / "run", clips, other), cache),
+        "frames is mean in the cache and first in this run": cached(run_of(tmp_path / "run", clips, teacher, frames="first"), cache),
+        "use --data.temporal_start first": run_of(tmp_path / "run", clips, teacher, cache=str(cache)),
+        "is no cache (cache.json": cached(run_of(tmp_path / "run", clips, teacher), other),
+        "lacks 1 of its 3 shards (2;": cached(run_of(tmp_path / "run", clips, teacher), part),
     }
     for said, case in cases.items():
         assert said in refused(pool, case)

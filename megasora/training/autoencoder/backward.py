@@ -56,7 +56,9 @@ class Losses:
         return nullcontext() if self.distillation is None else self.distillation.cut()
 
 
-def backward_clip(network: TrainedNetwork, video: Tensor, *, losses_of: Losses, draws: ClipDraws, share: float) -> Tensor:
+def backward_clip(
+    network: TrainedNetwork, video: Tensor, *, losses_of: Losses, draws: ClipDraws, share: float, features: Tensor | None = None
+) -> Tensor:
     """Add `share` times the gradients of a clip's losses to the parameters; fp64 numbers, see `MEASURED`.
 
     Args:
@@ -65,6 +67,7 @@ def backward_clip(network: TrainedNetwork, video: Tensor, *, losses_of: Losses, 
         losses_of: which losses.
         draws: the clip's keys.
         share: 1 / clips of the step.
+        features: the teacher's [D, t, h, w] of the clip; None asks it.
     """
     clip = _Clip(network, video, losses_of, draws)
     with losses_of.cut() as cut:
@@ -87,7 +90,7 @@ def backward_clip(network: TrainedNetwork, video: Tensor, *, losses_of: Losses, 
         gradients.append(torch.full_like(kl, share * weight))
     torch.autograd.backward(outputs, gradients)
     if losses_of.distillation is not None and cut is not None:
-        clip.said |= losses_of.distillation.backward(cut, video, share=share)
+        clip.said |= losses_of.distillation.backward(cut, video, share=share, features=features)
     if losses_of.discriminator is not None:
         clip.discern(losses_of.discriminator, pixels.detach(), share)
     clip.said["objective"] = objective

@@ -45,7 +45,8 @@ class Distillation:
     settings: DistillationConfig
     layer: nn.Module
     """Whose output is aligned."""
-    teacher: Teacher
+    teacher: Teacher | None
+    """None where its features come from a cache."""
     projector: Projector
 
     @property
@@ -63,13 +64,14 @@ class Distillation:
         finally:
             handle.remove()
 
-    def backward(self, cut: Cut, video: Tensor, *, share: float) -> dict[str, Tensor]:
+    def backward(self, cut: Cut, video: Tensor, *, share: float, features: Tensor | None = None) -> dict[str, Tensor]:
         """Add `share` times the gradients that pass the cut to the parameters before it, and the alignment's to the projector's.
 
         Args:
             cut: `share` times the gradient of all other losses has arrived at its leaf.
             video: [3, T, H, W] in [-1, 1].
             share: 1 / clips of the step.
+            features: the teacher's [D, t, h, w] of the clip; None asks it.
 
         Returns:
             The terms, and what their sum was multiplied by.
@@ -77,9 +79,12 @@ class Distillation:
         settings, rest = self.settings, cut.leaf.grad
         assert rest is not None, "the losses of pixels have been walked back to the cut"
         own = cut.inner.detach().requires_grad_()
+        if features is None:
+            assert self.teacher is not None, "without a cache there is a teacher"
+            features = self.teacher.features(video, Grid(*own.shape[-3:]))
         found = alignment_of(
             self.projector(own)[0],
-            self.teacher.features(video, Grid(*own.shape[-3:])),
+            features,
             cosine_margin=settings.cosine_margin,
             gram_margin=settings.gram_margin,
             pairs=settings.gram,

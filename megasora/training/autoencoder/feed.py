@@ -33,9 +33,13 @@ class OwnClip:
     """A clip of a step on this rank."""
 
     name: str
+    sample: int
+    """Its number among the planned clips."""
     video: Tensor | str
     """[3, T, H, W] in [-1, 1] on the device, or why there is none."""
     draws: ClipDraws
+    features: Tensor | None = None
+    """A teacher's [D, t, h, w] on the device, where they are read from a cache."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,7 +123,7 @@ class ClipFeeder:
         for loaded in self._loader:
             planned = self._planned.popleft()
             own = (
-                OwnClip(name=self.clips[sample].clip.id, video=self._video(decoded), draws=draws)
+                OwnClip(name=self.clips[sample].clip.id, sample=sample, video=self._video(decoded), draws=draws)
                 for sample, decoded, draws in zip(planned.samples, loaded.clips, planned.draws, strict=True)
             )
             yield ClipBatch(plan=planned.plan, clips=tuple(own), frames=planned.frames, images=planned.images, wait_s=loaded.wait_s)

@@ -214,7 +214,9 @@ def autoencoder_step(
     sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=context.device)
     for clip in batch.clips:
         if isinstance(clip.video, Tensor):
-            sums += backward_clip(trainee.network, clip.video, losses_of=losses_of, draws=clip.draws, share=1 / counted)
+            sums += backward_clip(
+                trainee.network, clip.video, losses_of=losses_of, draws=clip.draws, share=1 / counted, features=clip.features
+            )
     trainee.enter("agree")
     dist.all_reduce(sums)
     means = dict(zip(MEASURED, (sums / max(counted, 1)).tolist(), strict=True))

@@ -21,6 +21,7 @@ from megasora.models.autoencoders.losses import Perceptual
 from megasora.models.lpips import SMALLEST_SIDE, load_lpips
 from megasora.parallel.groups import ParallelContext
 from megasora.recovery.sentry import Sentry
+from megasora.training.autoencoder.cached_features import FeatureFeeder
 from megasora.training.autoencoder.checkpoints import AutoencoderCheckpoints
 from megasora.training.autoencoder.feed import ClipBatch, ClipFeeder, held_out_clips, plan_training_clips
 from megasora.training.autoencoder.network import new_network, recompute_blocks
@@ -35,7 +36,7 @@ from megasora.training.autoencoder.step import (
     autoencoder_step,
     build_learning,
 )
-from megasora.training.autoencoder.teaching import build_distillation, kept_of
+from megasora.training.autoencoder.teaching import build_distillation, kept_of, open_features
 from megasora.training.events import Copy, Event, Save
 from megasora.training.optimizer import EMA, ensure_adam_state
 from megasora.training.profiling import open_profile
@@ -77,6 +78,7 @@ class AutoencoderTrainer(Trainer):
         self.clips, unfit = plan_training_clips(manifest.clips, config)
         refuse_small(self.clips, config)
         root = run_dir / "checkpoints"
+        self.features = open_features(config, self.clips, manifest_sha256=manifest.sha256)
         start = find_autoencoder_start(config, root=root)
         self.trainee = build_autoencoder_trainee(config, context=context, start=start)
         self.trainee.enter = self.vitals.enter
@@ -95,9 +97,9 @@ class AutoencoderTrainer(Trainer):
         self.held_out = self._held_out()
         self.begin(manifest=manifest, unfit=unfit)
 
-    def feeder(self) -> ClipFeeder:
+    def feeder(self) -> ClipFeeder | FeatureFeeder:
         """See `Trainer.feeder`."""
-        return ClipFeeder(
+        feeder = ClipFeeder(
             self.clips,
             config=self.config,
             context=self.context,
@@ -107,6 +109,9 @@ class AutoencoderTrainer(Trainer):
             left_out=self.guard.left_out,
             quarantine=self.quarantine,
         )
+        if self.features is None:
+            return feeder
+        return FeatureFeeder(feeder, self.features, workers=self.config.data.decode_workers)
 
     def take_step(self, batch: ClipBatch) -> AutoencoderStep:
         """See `Trainer.take_step`."""
@@ -116,7 +121,7 @@ class AutoencoderTrainer(Trainer):
         """See `Trainer.measured`."""
         return autoencoder_metrics(self.trainee, batch, result, context=self.context, seconds=seconds, events=events)
 
-    def at_steps(self, feeder: ClipFeeder) -> list[Event]:
+    def at_steps(self, feeder: ClipFeeder | FeatureFeeder) -> list[Event]:
         """See `Trainer.at_steps`."""
         saving = self.config.checkpoint
         save = Save(self.checkpoints, guard=self.guard, interval_steps=saving.interval_steps, last=saving.save_last)
@@ -130,7 +135,7 @@ class AutoencoderTrainer(Trainer):
         config = self.config
         adversary = f"discriminator from step {config.discriminator.start_step}" if config.has_discriminator else "no discriminator"
         if config.has_distillation:
-            adversary += f", {config.distillation.layer} aligned with {config.distillation.teacher}"
+            adversary += f", {config.distillation.layer} aligned with {config.distillation.cache or config.distillation.teacher}"
         name = self.trainee.network.about["_class_name"]
         self.log.say(
             f"{config.recipe}: {name} on {self.context.world_size} {config.device} rank(s), {adversary}; "

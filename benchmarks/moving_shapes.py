@@ -1,0 +1,65 @@
+"""Made clips of coloured shapes that move over a smooth background, with the shape that covers each patch; functions of a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLASSES = 5
+"""Disc, ring, square, cross, triangle; 0 is the background."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """All clips of a set."""
+
+    videos: Tensor
+    """[n, 3, T, H, W] in [-1, 1]."""
+    covers: Tensor
+    """[n, T, patches, patches], what the middle of each patch shows."""
+
+
+def inside(kind: int, x: Tensor, y: Tensor) -> Tensor:
+    """Whether places, in units of a shape's size around its middle, belong to it."""
+    radius = (x.square() + y.square()).sqrt()
+    square = torch.maximum(x.abs(), y.abs())
+    if kind == 1:
+        return radius < 1
+    if kind == 2:
+        return (radius < 1) & (radius > 0.55)
+    if kind == 3:
+        return square < 0.85
+    if kind == 4:
+        return (torch.minimum(x.abs(), y.abs()) < 0.35) & (square < 1)
+    return (y < 0.8) & (y > 2 * x.abs() - 1)
+
+
+def make_clips(number: int, *, side: int, frames: int, patches: int, seed: int) -> Clips:
+    """`number` clips of two or three shapes each."""
+    generator = torch.Generator().manual_seed(seed)
+    videos, covers = zip(*(_clip(side, frames, patches, generator) for _ in range(number)), strict=True)
+    return Clips(videos=torch.stack(videos), covers=torch.stack(covers))
+
+
+def _clip(side: int, frames: int, patches: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) * (high - low) + low
+
+    coarse = draw(-0.7, 0.7, 1, 3, 4, 4)
+    video = F.interpolate(coarse, size=(side, side), mode="bicubic")[0][:, None].repeat(1, frames, 1, 1)
+    labels = torch.zeros(frames, side, side, dtype=torch.long)
+    rows, columns = torch.meshgrid(torch.arange(side) + 0.5, torch.arange(side) + 0.5, indexing="ij")
+    for _ in range(int(torch.randint(2, 4, (1,), generator=generator))):
+        kind = int(torch.randint(1, CLASSES + 1, (1,), generator=generator))
+        size = float(draw(0.16, 0.28, 1)) * side
+        colour, start, speed = draw(-1, 1, 3, 1), draw(0.15, 0.85, 2) * side, draw(-1.5, 1.5, 2)
+        for frame in range(frames):
+            middle = start + speed * frame
+            covered = inside(kind, (columns - middle[0]) / size, (rows - middle[1]) / size)
+            video[:, frame][:, covered] = colour
+            labels[frame][covered] = kind
+    step = side // patches
+    return video.clamp(-1, 1), labels[:, step // 2 :: step, step // 2 :: step]
