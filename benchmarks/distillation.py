@@ -1,11 +1,12 @@
 """Whether a diffusion transformer learns distilled latents faster: autoencoders with and without a teacher, then a transformer on each.
 
-    OMP_NUM_THREADS=1 python benchmarks/distillation.py [--seeds 3] [--scale 1.0] [--output FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/distillation.py [--seeds 0 1 2] [--scale 1.0] [--output FOLDER]
 
 One autoencoder per seed (tiny_ae's sizes) learns L1 on made clips of moving shapes; every arm goes on from it for the same steps on the
-same clips: without a teacher, or aligned (weight 0.5, adaptive, no margins) with a random DINOv2, or with one that has learned which shape
-covers each patch, at a stage or at the latent. Then an MMDiT of the same start learns each arm's latents, brought to mean 0 and deviation 1
-by channel, for the same steps, noise and times. A DINOv2 of published weights is not to be had here: the taught one is a stand-in.
+same clips: without a teacher, or aligned (weight 0.5, adaptive, no margins) with a random DINOv2, or with an oracle. The oracle's features
+of a place are the shares of it that each kind of shape and the background cover: what the clip shows, and not how it looks. Then an MMDiT of
+the same start learns each arm's latents, brought to mean 0 and deviation 1 by channel, for the same steps, noise and times. A DINOv2 of
+published weights is not to be had here: the oracle stands in for one that knows everything about these clips.
 
 Held-out numbers: flow-matching loss (mean square of the velocity's error, latents of unit deviation); PSNR of the autoencoder; PSNR of the
 decoded estimate of the clean latent, which is in pixels and so means the same in each latent space; the share of the latent's channels that
@@ -15,11 +16,9 @@ its covariance fills (participation ratio), because a latent whose channels repe
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,20 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 warnings.filterwarnings("ignore")
 
 from moving_shapes import CLASSES, Clips, make_clips  # noqa: E402
-from transformers import Dinov2Config, Dinov2Model  # noqa: E402
 
 from megasora import recipes  # noqa: E402
-from megasora.config.autoencoder_run import AutoencoderRunConfig  # noqa: E402
 from megasora.config.distillation import DistillationConfig  # noqa: E402
+from megasora.config.files import json_lines  # noqa: E402
 from megasora.config.schema import ModelConfig, ParallelConfig, PrecisionConfig  # noqa: E402
 from megasora.diffusion.flow import interpolate, training_time, velocity_target  # noqa: E402
-from megasora.models.autoencoders.teacher import Teacher, load_teacher_model  # noqa: E402
+from megasora.models.autoencoders.alignment import Projector  # noqa: E402
+from megasora.models.autoencoders.teacher import make_tiny_teacher  # noqa: E402
 from megasora.models.mmdit.build import build_chunks  # noqa: E402
 from megasora.models.mmdit.initialization import initialize_weights  # noqa: E402
 from megasora.models.mmdit.model import ModelInputs  # noqa: E402
@@ -56,17 +54,17 @@ from megasora.training.autoencoder.teaching import build_distillation  # noqa: E
 CPU = torch.device("cpu")
 ARMS: dict[str, tuple[str, str] | None] = {
     "no teacher": None,
-    "random, latent": ("random", "latent"),
-    "taught, stages.1": ("taught", "stages.1"),
-    "taught, latent": ("taught", "latent"),
+    "random DINOv2, latent": ("random", "latent"),
+    "oracle, stages.1": ("oracle", "stages.1"),
+    "oracle, latent": ("oracle", "latent"),
 }
 """(teacher, layer)"""
-SIDE, FRAMES, PATCHES = 32, 8, 8
+SIDE, FRAMES, PLACES = 24, 4, 6
+"""Pixels, frames, and places a side of the latent and of stages.1, which both have one frame."""
 TRAIN_CLIPS, HELD_OUT = 512, 48
-TEACHER_STEPS, TEACHER_BATCH = 300, 32
-BASE_STEPS, ARM_STEPS, AE_BATCH, AE_LR, ARM_LR = 400, 300, 2, 4e-3, 2e-3
+BASE_STEPS, ARM_STEPS, AE_BATCH, AE_LR, ARM_LR = 300, 300, 2, 4e-3, 2e-3
 """Rates of tiny_ae."""
-DIT_STEPS, DIT_BATCH, DIT_LR = 600, 8, 1e-3
+DIT_STEPS, DIT_BATCH, DIT_LR = 500, 8, 1e-3
 MODEL = ModelConfig(
     hidden_size=64,
     num_attention_heads=4,
@@ -98,41 +96,6 @@ class Lengths:
         return max(2, round(steps * self.scale))
 
 
-def teach(folder: Path, clips: Clips, *, steps: int) -> float:
-    """Write a DINOv2 that knows which shape covers each patch of a frame; its accuracy on held-out patches."""
-    torch.manual_seed(0)
-    model = Dinov2Model(
-        Dinov2Config(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2, image_size=112, patch_size=14)
-    )
-    head = nn.Linear(64, CLASSES + 1)
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-3)
-    prepare = Teacher(copy.deepcopy(model), frames="mean", normalisation="imagenet").prepare
-
-    def logits_of(frames: Tensor) -> Tensor:
-        return head(model(prepare(frames, (14 * PATCHES, 14 * PATCHES))).last_hidden_state[:, 1:])
-
-    frames, covers = clips.videos.transpose(1, 2).flatten(0, 1), clips.covers.flatten(0, 1).flatten(1)
-    kept = TRAIN_CLIPS * FRAMES
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        chosen = torch.randint(kept, (TEACHER_BATCH,), generator=generator)
-        loss = F.cross_entropy(logits_of(frames[chosen]).flatten(0, 1), covers[chosen].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(str(folder))
-    with torch.no_grad():
-        return float((logits_of(frames[kept:]).argmax(-1) == covers[kept:]).float().mean())
-
-
-def random_teacher(folder: Path) -> None:
-    """The same sizes without training."""
-    torch.manual_seed(0)
-    Dinov2Model(
-        Dinov2Config(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2, image_size=112, patch_size=14)
-    ).save_pretrained(str(folder))
-
-
 def order_of(steps: int, batch: int, seed: int) -> Iterator[list[int]]:
     """Clips of each step, the same for every arm."""
     generator = torch.Generator().manual_seed(seed)
@@ -152,10 +115,13 @@ def train_autoencoder(
     said = []
     for chosen in order_of(steps, AE_BATCH, seed):
         optimizer.zero_grad()
-        sums = sum(backward_clip(network, clips.videos[number], losses_of=losses_of, draws=draws, share=1 / AE_BATCH) for number in chosen)
+        sums = torch.zeros(len(MEASURED), dtype=torch.float64)
+        for number in chosen:
+            features = clips.shares[number] if distillation is not None and distillation.teacher is None else None
+            sums += backward_clip(network, clips.videos[number], losses_of=losses_of, draws=draws, share=1 / AE_BATCH, features=features)
         nn.utils.clip_grad_norm_(network.module.parameters(), 1.0)
         optimizer.step()
-        said.append(torch.as_tensor(sums) / AE_BATCH)
+        said.append(sums / AE_BATCH)
     last = torch.stack(said[-max(1, steps // 10) :]).mean(dim=0)
     return dict(zip(MEASURED, last.tolist(), strict=True))
 
@@ -251,18 +217,29 @@ def measure_arm(network: TrainedNetwork, clips: Clips, *, context: ParallelConte
     }
 
 
+def teacher_of(arm: str, network: TrainedNetwork, folder: Path) -> Distillation | None:
+    """An arm's, with a new projector."""
+    chosen = ARMS[arm]
+    if chosen is None:
+        return None
+    teacher, layer = chosen
+    settings = DistillationConfig(weight=0.5, teacher=str(folder), layer=layer, cosine_margin=0.0, gram_margin=0.0)
+    config = replace(recipes.get_autoencoder("tiny_ae"), distillation=settings)
+    found = build_distillation(config, network, device=CPU, dtype=torch.float32)
+    if teacher == "random":
+        return found
+    projector = Projector(32, CLASSES + 1, width=None)  # both layers have 32 channels
+    projector.initialize(seed=0)
+    return replace(found, teacher=None, projector=projector)
+
+
 def run_arm(
-    arm: str, base: TrainedNetwork, clips: Clips, teachers: dict[str, Path], *, lengths: Lengths, seed: int, context: ParallelContext
+    arm: str, base: TrainedNetwork, clips: Clips, folder: Path, *, lengths: Lengths, seed: int, context: ParallelContext
 ) -> dict[str, float]:
     """One arm of one seed."""
-    config: AutoencoderRunConfig = recipes.get_autoencoder("tiny_ae")
-    network = new_network(config.autoencoder, weights=None, load=True, seed=seed)
+    network = new_network(recipes.get_autoencoder("tiny_ae").autoencoder, weights=None, load=True, seed=seed)
     network.module.load_state_dict(base.module.state_dict())
-    chosen, distillation = ARMS[arm], None
-    if chosen is not None:
-        teacher, layer = chosen
-        settings = DistillationConfig(weight=0.5, teacher=str(teachers[teacher]), layer=layer, cosine_margin=0.0, gram_margin=0.0)
-        distillation = build_distillation(replace(config, distillation=settings), network, device=CPU, dtype=torch.float32)
+    distillation = teacher_of(arm, network, folder)
     said = train_autoencoder(network, distillation, clips, steps=lengths.of(ARM_STEPS), lr=ARM_LR, seed=seed + 500)
     found = measure_arm(network, clips, context=context, steps=lengths.of(DIT_STEPS), seed=seed)
     return {**found, "cosine": said["cosine"], "gram": said["gram"]}
@@ -271,33 +248,26 @@ def run_arm(
 def main() -> None:
     """Run all arms of all seeds; prints a table and writes results.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps")
     parser.add_argument("--output", type=Path, default=Path("distillation"))
     args = parser.parse_args()
     started, lengths = time.time(), Lengths(scale=args.scale)
     groups.start_world(CPU, timeout_minutes=1)
     context = groups.initialize(ParallelConfig(), device=CPU, num_attention_heads=MODEL.num_attention_heads, seed=0)
-    clips = make_clips(TRAIN_CLIPS + HELD_OUT, side=SIDE, frames=FRAMES, patches=PATCHES, seed=0)
-    rows: list[dict[str, Any]] = []
+    clips = make_clips(TRAIN_CLIPS + HELD_OUT, side=SIDE, frames=FRAMES, places=PLACES, seed=0)
     args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as held:
-        teachers = {name: Path(held) / name for name in ("random", "taught")}
-        random_teacher(teachers["random"])
-        accuracy = teach(teachers["taught"], clips, steps=lengths.of(TEACHER_STEPS))
-        most = float((clips.covers == 0).float().mean())
-        print(f"taught teacher: {accuracy:.3f} of held-out patches right ({most:.3f} are background)", flush=True)
-        for teacher in teachers.values():
-            load_teacher_model(teacher, dtype=torch.float32)  # both load as a run's do
-        for seed in range(args.seeds):
+    folder = make_tiny_teacher(args.output / "random_dinov2")
+    with (args.output / "results.jsonl").open("a") as file:
+        for seed in args.seeds:
             base = new_network(recipes.get_autoencoder("tiny_ae").autoencoder, weights=None, load=True, seed=1024 + seed)
             train_autoencoder(base, None, clips, steps=lengths.of(BASE_STEPS), lr=AE_LR, seed=seed)
             for arm in ARMS:
-                found = run_arm(arm, base, clips, teachers, lengths=lengths, seed=1024 + seed, context=context)
-                rows.append({"seed": seed, "arm": arm, **found})
-                print(json.dumps(rows[-1]), f"{time.time() - started:.0f} s", flush=True)
-                (args.output / "results.json").write_text(json.dumps({"accuracy": accuracy, "rows": rows}, indent=1))
-    print(table(rows))
+                found = run_arm(arm, base, clips, folder, lengths=lengths, seed=1024 + seed, context=context)
+                file.write(json.dumps({"seed": seed, "arm": arm, **found}) + "\n")
+                file.flush()
+                print(f"seed {seed}, {arm}: flow loss {found['flow_loss']:.4f} after {time.time() - started:.0f} s", flush=True)
+    print(table(list(json_lines(args.output / "results.jsonl"))))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

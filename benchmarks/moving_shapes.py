@@ -1,4 +1,4 @@
-"""Made clips of coloured shapes that move over a smooth background, with the shape that covers each patch; functions of a seed."""
+"""Made clips of coloured shapes that move over a smooth background, and which kinds of shape cover each place; functions of a seed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Clips:
 
     videos: Tensor
     """[n, 3, T, H, W] in [-1, 1]."""
-    covers: Tensor
-    """[n, T, patches, patches], what the middle of each patch shows."""
+    shares: Tensor
+    """[n, CLASSES + 1, 1, places, places], how much of a place each kind covers, over the clip's frames; they sum to 1."""
 
 
 def inside(kind: int, x: Tensor, y: Tensor) -> Tensor:
@@ -37,14 +37,14 @@ def inside(kind: int, x: Tensor, y: Tensor) -> Tensor:
     return (y < 0.8) & (y > 2 * x.abs() - 1)
 
 
-def make_clips(number: int, *, side: int, frames: int, patches: int, seed: int) -> Clips:
+def make_clips(number: int, *, side: int, frames: int, places: int, seed: int) -> Clips:
     """`number` clips of two or three shapes each."""
     generator = torch.Generator().manual_seed(seed)
-    videos, covers = zip(*(_clip(side, frames, patches, generator) for _ in range(number)), strict=True)
-    return Clips(videos=torch.stack(videos), covers=torch.stack(covers))
+    videos, shares = zip(*(_clip(side, frames, places, generator) for _ in range(number)), strict=True)
+    return Clips(videos=torch.stack(videos), shares=torch.stack(shares))
 
 
-def _clip(side: int, frames: int, patches: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _clip(side: int, frames: int, places: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     def draw(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator) * (high - low) + low
 
@@ -61,5 +61,5 @@ def _clip(side: int, frames: int, patches: int, generator: torch.Generator) -> t
             covered = inside(kind, (columns - middle[0]) / size, (rows - middle[1]) / size)
             video[:, frame][:, covered] = colour
             labels[frame][covered] = kind
-    step = side // patches
-    return video.clamp(-1, 1), labels[:, step // 2 :: step, step // 2 :: step]
+    kinds = F.one_hot(labels, CLASSES + 1).permute(3, 0, 1, 2).float().mean(dim=1, keepdim=True)
+    return video.clamp(-1, 1), F.avg_pool2d(kinds.movedim(1, 0), side // places).movedim(0, 1)
