@@ -18,4 +18,4 @@ def optimizer_s(config: RunConfig, stage: int, *, topology: Topology, hardware: 
     """Seconds of the update on a rank of a stage."""
     own = stage_parameters(config.model, config.parallel)[stage] / topology.tp / (topology.cp * topology.dp)
     size = ADAM_BYTES[config.precision.dtype] + (EMA_BYTES if config.optimizer.ema_decay > 0 else 0)
-    return own * size / hardware.rates.adam
+    return own * size / hardware.rates.adam * hardware.slowed(topology.world_size)
