@@ -7,6 +7,7 @@ buffers, fragmentation; a data sheet's 141 GB leave about 8 GB of an H200 for th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -223,16 +224,21 @@ def _fp8_copy_bytes(config: RunConfig) -> float:
 
 
 def _chunk_bytes(config: RunConfig, stage: int, chunk: int, tokens: int, *, samples: int) -> float:
-    """Bytes that one forward pass of a chunk keeps."""
+    """Bytes that one forward pass of a chunk keeps on the device."""
     model, number = config.model, number_bytes(config)
     modes = block_modes(model, config.parallel, stage=stage, chunk=chunk)
     blocks = sum(count * block_bytes(config, double=double, mode=mode, samples=samples) for (double, mode), count in Counter(modes).items())
+    blocks -= len(offloaded_blocks(config, stage=stage, chunk=chunk)) * block_bytes(config, double=True, mode="full", samples=samples)
     first = stage == 0 and chunk == 0
-    last = stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == config.parallel.num_model_chunks - 1
     received = 0 if first or modes[0][0] else 1  # double blocks take views of the message, single ones a copy
-    final = 2 if last else 0  # the last block's output and its norm
+    final = 2 if _is_last(config, stage, chunk) else 0  # the last block's output and its norm
     rotations = 4 * model.head_dim * config.parallel.tensor_model_parallel_size  # cos and sin of K / 2 angles, fp32
     return tokens * (blocks + (received + final) * model.hidden_size * number + rotations)
+
+
+def _is_last(config: RunConfig, stage: int, chunk: int) -> bool:
+    """Whether a chunk holds the final layer."""
+    return stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == config.parallel.num_model_chunks - 1
 
 
 def block_modes(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chunk: int) -> list[tuple[bool, str]]:
@@ -252,6 +258,39 @@ def block_modes(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chu
     return modes
 
 
+def offloaded_blocks(config: RunConfig, *, stage: int, chunk: int) -> list[int]:
+    """Which of a chunk's blocks have their inputs in host memory (`models.mmdit.offload`): those recomputed in full, but for the last one
+    and for one that takes parts of a received message."""
+    if config.parallel.offload == "none":
+        return []
+    modes = block_modes(config.model, config.parallel, stage=stage, chunk=chunk)
+    in_full = [place for place, (_, mode) in enumerate(modes) if mode == "full"]
+    first = stage == 0 and chunk == 0
+    return [place for place in in_full[:-1] if first or place > 0 or not modes[place][0]]
+
+
+def host_bytes(config: RunConfig, *, world_size: int) -> float:
+    """Page-locked host memory of the rank that offloads most, for the micro-batches in flight.
+
+    torch's allocator gives each tensor the next power of two of its bytes. A double block's two inputs are taken as one: text is short, so
+    the video share rounds to the same or to half of it.
+    """
+    if config.parallel.offload == "none":
+        return 0.0
+    parallel, pack = config.parallel, fullest_pack(config, world_size=world_size)
+    size = 2.0 ** math.ceil(math.log2(share_tokens(config, pack) * config.model.hidden_size * number_bytes(config)))
+    stages, chunks = parallel.pipeline_model_parallel_size, range(parallel.num_model_chunks)
+    return max(
+        peak_in_flight(
+            [size * len(offloaded_blocks(config, stage=stage, chunk=chunk)) for chunk in chunks],
+            stage=stage,
+            num_stages=stages,
+            num_microbatches=pack.num_microbatches,
+        )[0]
+        for stage in range(stages)
+    )
+
+
 def _block_bytes_of(config: RunConfig, samples: int, double: bool, mode: str) -> float:
     """`block_bytes` by position, to be remembered for a kind of block."""
     return block_bytes(config, double=double, mode=mode, samples=samples)
@@ -265,16 +304,20 @@ def _working_set(config: RunConfig, stage: int, tokens: int, *, samples: int) ->
     worst = 0.0
     of_block = cache(partial(_block_bytes_of, config, samples))
     for chunk in range(parallel.num_model_chunks):
-        freed = 0.0
-        for double, mode in reversed(block_modes(model, parallel, stage=stage, chunk=chunk)):
+        freed, modes = 0.0, block_modes(model, parallel, stage=stage, chunk=chunk)
+        offloaded = set(offloaded_blocks(config, stage=stage, chunk=chunk))
+        for place, (double, mode) in reversed(list(enumerate(modes))):
             kept = tokens * of_block(double, mode)
             again = tokens * of_block(double, "none") - kept
             weights = double_block_parameters(model) if double else single_block_parameters(model)
             gathered = weights / tp * _gathered_bytes(config, mode)
             at_attention = again + _temporaries(config, mode) * one
             at_output = _at_output_projection(config, stage, mode, again=again, one=one) if tp > 1 and not double else 0.0
-            worst = max(worst, max(at_attention, at_output) + gathered - freed)
-            freed += kept
+            fetched = (place in offloaded) * kept + bool(offloaded and min(offloaded) < place) * (mode == "full") * one
+            worst = max(worst, max(at_attention, at_output) + gathered + fetched - freed)
+            freed += 0 if place in offloaded else kept
+            if place == len(modes) - 1 and _is_last(config, stage, chunk):
+                freed += 2 * one  # the final layer's
     if parallel.pipeline_model_parallel_size > 1:
         worst += (4 if parallel.num_model_chunks > 1 else 2) * one  # gradients received and on their way
     return worst

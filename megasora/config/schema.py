@@ -105,6 +105,9 @@ class ParallelConfig:
     """Double blocks per chunk recomputed in full when recompute is count (or selective, which then treats the others)."""
     recompute_single_blocks: int = 0
     """Single blocks per chunk recomputed in full when recompute is count (or selective, which then treats the others)."""
+    offload: Literal["none", "inputs"] = "none"
+    """inputs: what blocks that are recomputed in full keep waits in page-locked host memory for their backward pass, copied while blocks
+    compute; a chunk's last one stays on the GPU. Needs recompute full, or counts."""
     zero_stage: Literal[1, 2, 3] = 1
     """What DP x CP ranks share out: 1 the optimizer's state (Megatron's distributed optimizer), 2 gradients too, 3 parameters too, gathered
     block by block (torch's FSDP2)."""

@@ -168,6 +168,12 @@ def _schedule(config: RunConfig, world_size: int) -> Iterator[Problem]:
             message=f"recompute={parallel.recompute} with counts {counts}",
             cure="give recompute=count (or selective) and at least one positive count, or none",
         )
+    if parallel.offload == "inputs" and parallel.recompute != "full" and max(counts) <= 0:
+        yield Problem(
+            field="parallel.offload",
+            message=f"takes the inputs of blocks that are recomputed in full, and recompute={parallel.recompute} has none",
+            cure="add --parallel.recompute full, or leave out --parallel.offload",
+        )
 
 
 def _precision(config: RunConfig, world_size: int) -> Iterator[Problem]:

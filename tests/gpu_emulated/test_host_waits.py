@@ -54,10 +54,10 @@ def train_watched(rank: int, config: RunConfig) -> list[StepWaits]:
 
 
 LAYOUTS = {
-    "one rank, recompute": (1, layout(recompute="full")),
+    "one rank, recompute, offload": (1, layout(recompute="full", offload="inputs")),
     "dp2": (2, layout()),
     "pp2": (2, layout(pp=2)),
-    "pp2 vp2": (2, layout(pp=2, vp=2)),
+    "pp2 vp2, recompute, offload": (2, layout(pp=2, vp=2, recompute="full", offload="inputs")),
     "cp2 ulysses": (2, layout(cp=2, context_parallel_backend="ulysses")),
     "tp2 cp2 ring, recompute": (4, layout(tp=2, cp=2, context_parallel_backend="ring", recompute="full")),
 }
@@ -115,12 +115,15 @@ def read_and_copy(rank: int) -> list[list[str]]:
             lambda: torch.zeros(4).to("cuda", non_blocking=True),
             lambda: pinned.to("cuda"),
             lambda: on_gpu.copy_(torch.zeros(4)),
+            lambda: torch.zeros(4).copy_(on_gpu, non_blocking=True),
+            lambda: pinned.copy_(on_gpu),
             lambda: torch.tensor([1.0], device="cuda"),
             lambda: torch.cuda.synchronize(),
         ]
         free: list[Callable[[], object]] = [
             lambda: pinned.to("cuda", non_blocking=True),
             lambda: on_gpu.copy_(pinned, non_blocking=True),
+            lambda: pinned.copy_(on_gpu, non_blocking=True),
             lambda: on_gpu[on_gpu.long().clamp(max=3)],
             lambda: torch.full((), 3, device=on_gpu.device) * on_gpu,
             lambda: pinned.sum().item() + torch.zeros(4).nonzero().numel(),

@@ -38,6 +38,7 @@ def blamed(config: RunConfig, *, world_size: int = 8) -> list[str]:
         ("parallel", {"ulysses_size": 2}, "parallel.ulysses_size"),
         ("parallel", {"overlap_param_gather": True, "overlap_grad_reduce": False}, "parallel.overlap_param_gather"),
         ("parallel", {"recompute": "count"}, "parallel.recompute"),
+        ("parallel", {"offload": "inputs"}, "parallel.offload"),
         ("parallel", {"tensor_model_parallel_size": 0}, "parallel.tensor_model_parallel_size"),
         ("parallel", {"pipeline_model_parallel_size": 0}, "parallel.pipeline_model_parallel_size"),
         ("model", {"num_attention_heads": 0}, "model.num_attention_heads"),
