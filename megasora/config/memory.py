@@ -26,6 +26,8 @@ ULYSSES_TEMPORARIES = {**TEMPORARIES, "selective": 5.0}
 RING_TEMPORARIES = {"none": 24.3, "selective": 23.3, "full": 25.3}
 """The same of ring attention: keys, values and their gradients in fp32, twice while they travel. Two less in a ring of two."""
 
+MOMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of a number of Adam's moments; an fp16 run's one scale is not counted."""
 GPU_WORKSPACE = {"none": 2.5, "fp8": 5.0}
 """What kernels of a GPU need beyond that, in tensors [share, H]: attention's backward sums the gradient of the queries in fp32 (2), FP8
 copies gradients both ways. Measured on an H100 (benchmarks/results/2026-11-27_gpu_h100.md): 2.0 to 2.7 in bf16, 4.8 to 5.2 in FP8."""
@@ -58,6 +60,8 @@ class MemoryEstimate:
     """Saved for the backward passes of all micro-batches in flight."""
     working_set: float
     """What comes on top while one block runs backward: recomputed tensors, gradients, gathered tokens and weights."""
+    adam_copies: float
+    """What Adam's fp32 copies of moments below fp32 need beyond the room that activations have left when it steps."""
     workspace: float
     """What the kernels of a GPU need to run it."""
     stage: int
@@ -111,6 +115,8 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
     activations, in_flight = peak_in_flight(
         costs, stage=stage, num_stages=parallel.pipeline_model_parallel_size, num_microbatches=pack.num_microbatches
     )
+    working_set = _working_set(config, stage, tokens, samples=pack.samples)
+    workspace = GPU_WORKSPACE["none" if config.precision.fp8 == "none" else "fp8"] * tokens * model.hidden_size * number_bytes(config)
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
@@ -118,8 +124,9 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
         ema=ema,
         fp8_weights=_fp8_weight_bytes(config, stage),
         activations=activations,
-        working_set=_working_set(config, stage, tokens, samples=pack.samples),
-        workspace=GPU_WORKSPACE["none" if config.precision.fp8 == "none" else "fp8"] * tokens * model.hidden_size * number_bytes(config),
+        working_set=working_set,
+        adam_copies=max(0.0, _adam_copies(config, stage, world_size=world_size) - activations - working_set - workspace),
+        workspace=workspace,
         stage=stage,
         tokens=tokens,
         in_flight=in_flight,
@@ -137,7 +144,8 @@ def share_tokens(config: RunConfig, pack: PackTokens) -> int:
 
 
 def _state_parts(config: RunConfig, own: float, *, world_size: int) -> tuple[float, float, float, float]:
-    """Weights, gradients, optimizer, EMA of a rank's parameters (facts: bf16 2 + fp32 gradients 4, fp32 master 4, moments 8, EMA 4).
+    """Weights, gradients, optimizer, EMA of a rank's parameters (facts: bf16 2 + fp32 gradients 4, fp32 master 4, moments 8
+    in fp32, EMA 4).
 
     With ZeRO-1 an fp32 model is its own master. With ZeRO-2 weights are gathered beside sharded masters and stay; ZeRO-3 keeps the masters
     alone and gathers block by block (`_working_set`).
@@ -147,7 +155,22 @@ def _state_parts(config: RunConfig, own: float, *, world_size: int) -> tuple[flo
     weights = 0 if parallel.zero_stage == 3 else own * number_bytes(config)
     gradients = own * 4 / (1 if parallel.zero_stage == 1 else shards)
     own_master = config.precision.dtype == "fp32" and parallel.zero_stage == 1
-    return weights, gradients, own * (8 if own_master else 12) / shards, own * (4 if config.optimizer.ema_decay > 0 else 0) / shards
+    moments = sum(MOMENT_BYTES[getattr(config.optimizer, name)] for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
+    return (
+        weights,
+        gradients,
+        own * (moments + (0 if own_master else 4)) / shards,
+        own * (4 if config.optimizer.ema_decay > 0 else 0) / shards,
+    )
+
+
+def _adam_copies(config: RunConfig, stage: int, *, world_size: int) -> float:
+    """Bytes while the optimizer steps: FusedAdam widens all moments of a group at once (Transformer Engine 2.11, optimizers/fused_adam.py,
+    `unscaled_lists`), and nearly all parameters are matrices, one group. A save widens them too, when nothing else is there."""
+    narrow = sum(getattr(config.optimizer, name) != "fp32" for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
+    parallel = config.parallel
+    shards = max(1, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
+    return 4.0 * narrow * rank_parameters(config.model, parallel)[stage] / shards
 
 
 def peak_in_flight(costs: list[float], *, stage: int, num_stages: int, num_microbatches: int) -> tuple[float, int]:

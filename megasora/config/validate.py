@@ -9,6 +9,7 @@ from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
 from megasora.config.memory import memory_estimate
 from megasora.config.memory_cure import H200_BYTES, memory_cure
+from megasora.config.optimizer_checks import check_moments
 from megasora.config.parameters import modulation_parameters
 from megasora.config.problem import Check, Problem
 from megasora.config.profile_steps import check_profile
@@ -426,6 +427,7 @@ CHECKS: tuple[Check, ...] = (
     _schedule,
     _precision,
     _zero,
+    check_moments,
     _data,
     check_buckets,
     _cache,
