@@ -4,7 +4,7 @@
 
 One autoencoder per seed (tiny_ae's sizes) learns L1 on made clips of moving shapes; every arm goes on from it for the same steps on the
 same clips: without a teacher, or aligned (weight 0.5, adaptive, no margins) with a random DINOv2, or with an oracle. The oracle's features
-of a place are the shares of it that each kind of shape and the background cover: what the clip shows, and not how it looks. Then an MMDiT of
+of a place are the shares of it that each kind of shape and the background cover: what it shows, and not how it looks. Then an MMDiT of
 the same start learns each arm's latents, brought to mean 0 and deviation 1 by channel, for the same steps, noise and times. A DINOv2 of
 published weights is not to be had here: the oracle stands in for one that knows everything about these clips.
 
@@ -59,8 +59,8 @@ ARMS: dict[str, tuple[str, str] | None] = {
     "oracle, latent": ("oracle", "latent"),
 }
 """(teacher, layer)"""
-SIDE, FRAMES, PLACES = 24, 4, 6
-"""Pixels, frames, and places a side of the latent and of stages.1, which both have one frame."""
+SIDE, FRAMES, PLACE = 16, 8, 4
+"""Pixels, frames, and how many of either a place of the latent and of stages.1 covers."""
 TRAIN_CLIPS, HELD_OUT = 512, 48
 BASE_STEPS, ARM_STEPS, AE_BATCH, AE_LR, ARM_LR = 300, 300, 2, 4e-3, 2e-3
 """Rates of tiny_ae."""
@@ -118,7 +118,7 @@ def train_autoencoder(
         sums = torch.zeros(len(MEASURED), dtype=torch.float64)
         for number in chosen:
             features = clips.shares[number] if distillation is not None and distillation.teacher is None else None
-            sums += backward_clip(network, clips.videos[number], losses_of=losses_of, draws=draws, share=1 / AE_BATCH, features=features)
+            sums += backward_clip(network, clips.levels[number], losses_of=losses_of, draws=draws, share=1 / AE_BATCH, features=features)
         nn.utils.clip_grad_norm_(network.module.parameters(), 1.0)
         optimizer.step()
         said.append(sums / AE_BATCH)
@@ -255,7 +255,7 @@ def main() -> None:
     started, lengths = time.time(), Lengths(scale=args.scale)
     groups.start_world(CPU, timeout_minutes=1)
     context = groups.initialize(ParallelConfig(), device=CPU, num_attention_heads=MODEL.num_attention_heads, seed=0)
-    clips = make_clips(TRAIN_CLIPS + HELD_OUT, side=SIDE, frames=FRAMES, places=PLACES, seed=0)
+    clips = make_clips(TRAIN_CLIPS + HELD_OUT, side=SIDE, frames=FRAMES, place=PLACE, seed=0)
     args.output.mkdir(parents=True, exist_ok=True)
     folder = make_tiny_teacher(args.output / "random_dinov2")
     with (args.output / "results.jsonl").open("a") as file:

@@ -17,9 +17,11 @@ class Clips:
     """All clips of a set."""
 
     videos: Tensor
-    """[n, 3, T, H, W] in [-1, 1]."""
+    """[n, 3, T, H, W] in [-1, 1]: the levels again."""
+    levels: Tensor
+    """uint8, the same."""
     shares: Tensor
-    """[n, CLASSES + 1, 1, places, places], how much of a place each kind covers, over the clip's frames; they sum to 1."""
+    """[n, CLASSES + 1, T / place, H / place, W / place], how much of a place each kind covers; they sum to 1."""
 
 
 def inside(kind: int, x: Tensor, y: Tensor) -> Tensor:
@@ -37,14 +39,15 @@ def inside(kind: int, x: Tensor, y: Tensor) -> Tensor:
     return (y < 0.8) & (y > 2 * x.abs() - 1)
 
 
-def make_clips(number: int, *, side: int, frames: int, places: int, seed: int) -> Clips:
+def make_clips(number: int, *, side: int, frames: int, place: int, seed: int) -> Clips:
     """`number` clips of two or three shapes each."""
     generator = torch.Generator().manual_seed(seed)
-    videos, shares = zip(*(_clip(side, frames, places, generator) for _ in range(number)), strict=True)
-    return Clips(videos=torch.stack(videos), shares=torch.stack(shares))
+    videos, shares = zip(*(_clip(side, frames, place, generator) for _ in range(number)), strict=True)
+    levels = ((torch.stack(videos) + 1) * 127.5).round().to(torch.uint8)
+    return Clips(videos=levels.float() / 127.5 - 1, levels=levels, shares=torch.stack(shares))
 
 
-def _clip(side: int, frames: int, places: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _clip(side: int, frames: int, place: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     def draw(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator) * (high - low) + low
 
@@ -61,5 +64,5 @@ def _clip(side: int, frames: int, places: int, generator: torch.Generator) -> tu
             covered = inside(kind, (columns - middle[0]) / size, (rows - middle[1]) / size)
             video[:, frame][:, covered] = colour
             labels[frame][covered] = kind
-    kinds = F.one_hot(labels, CLASSES + 1).permute(3, 0, 1, 2).float().mean(dim=1, keepdim=True)
-    return video.clamp(-1, 1), F.avg_pool2d(kinds.movedim(1, 0), side // places).movedim(0, 1)
+    kinds = F.one_hot(labels, CLASSES + 1).permute(3, 0, 1, 2).float()
+    return video.clamp(-1, 1), F.avg_pool3d(kinds, place)

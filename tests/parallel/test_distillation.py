@@ -68,8 +68,8 @@ def gradients_on_rank(rank: int, teacher: Path) -> dict[str, torch.Tensor]:
     losses_of = Losses(settings=config.loss, lpips=None, adversary=adversary, discriminator=discriminator, distillation=distillation)
     for sample in range(rank, 4, dist.get_world_size()):
         generator = torch.Generator().manual_seed(sample)
-        video = torch.rand(3, 1 if sample == 2 else 8, 16, 16, generator=generator, dtype=torch.float64) * 2 - 1
-        backward_clip(network, video, losses_of=losses_of, draws=ClipDraws(posterior=0, patches=sample), share=1 / 4)
+        levels = torch.randint(256, (3, 1 if sample == 2 else 8, 16, 16), generator=generator, dtype=torch.uint8)
+        backward_clip(network, levels, losses_of=losses_of, draws=ClipDraws(posterior=0, patches=sample), share=1 / 4)
     found = {}
     for name, parameter in ((f"{of}.{name}", parameter) for of, module in modules.items() for name, parameter in module.named_parameters()):
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)

@@ -42,8 +42,8 @@ class FeatureFeeder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _with_features(self, clip: OwnClip) -> OwnClip:
-        if not isinstance(clip.video, Tensor):
+        if not isinstance(clip.levels, Tensor):
             return clip
-        image = clip.video.shape[1] == 1 < self._feeder.clips[clip.sample].num_frames
+        image = clip.shape[0] == 1 < self._feeder.clips[clip.sample].num_frames
         found = self._cache.features(clip.sample, image=image)
-        return replace(clip, video=found) if isinstance(found, str) else replace(clip, features=found)
+        return replace(clip, levels=found) if isinstance(found, str) else replace(clip, features=found)

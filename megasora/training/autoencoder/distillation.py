@@ -23,7 +23,7 @@ MOST = 1e8
 """Of the adaptive weight (hustvl/LightningDiT calculate_adaptive_weight_vf); its epsilon is that of the discriminator's."""
 
 
-class Cut:
+class Tap:
     """A forward hook that parts the graph after a layer."""
 
     inner: Tensor
@@ -55,20 +55,20 @@ class Distillation:
         return [parameter for parameter in self.layer.parameters() if parameter.dim() > 1][-1]
 
     @contextmanager
-    def cut(self) -> Iterator[Cut]:
+    def tapped(self) -> Iterator[Tap]:
         """While a clip goes through the encoder. The hook is gone when recomputation runs the layer again, which needs it no more."""
-        cut = Cut()
-        handle = self.layer.register_forward_hook(cut)
+        tap = Tap()
+        handle = self.layer.register_forward_hook(tap)
         try:
-            yield cut
+            yield tap
         finally:
             handle.remove()
 
-    def backward(self, cut: Cut, video: Tensor, *, share: float, features: Tensor | None = None) -> dict[str, Tensor]:
+    def backward(self, tap: Tap, video: Tensor, *, share: float, features: Tensor | None = None) -> dict[str, Tensor]:
         """Add `share` times the gradients that pass the cut to the parameters before it, and the alignment's to the projector's.
 
         Args:
-            cut: `share` times the gradient of all other losses has arrived at its leaf.
+            tap: `share` times the gradient of all other losses has arrived at its leaf.
             video: [3, T, H, W] in [-1, 1].
             share: 1 / clips of the step.
             features: the teacher's [D, t, h, w] of the clip; None asks it.
@@ -76,9 +76,9 @@ class Distillation:
         Returns:
             The terms, and what their sum was multiplied by.
         """
-        settings, rest = self.settings, cut.leaf.grad
+        settings, rest = self.settings, tap.leaf.grad
         assert rest is not None, "the losses of pixels have been walked back to the cut"
-        own = cut.inner.detach().requires_grad_()
+        own = tap.inner.detach().requires_grad_()
         if features is None:
             assert self.teacher is not None, "without a cache there is a teacher"
             features = self.teacher.features(video, Grid(*own.shape[-3:]))
@@ -94,7 +94,7 @@ class Distillation:
         balance = own.new_tensor(settings.weight, dtype=found.cosine.dtype)
         if settings.balance == "adaptive":
             weight = self.last_weight
-            of_both = [torch.autograd.grad(cut.inner, weight, one, retain_graph=True)[0] / share for one in (rest, own.grad)]
+            of_both = [torch.autograd.grad(tap.inner, weight, one, retain_graph=True)[0] / share for one in (rest, own.grad)]
             balance = balance * adaptive_weight(*of_both, most=MOST)
-        cut.inner.backward(rest + (balance * own.grad).to(rest.dtype))
+        tap.inner.backward(rest + (balance * own.grad).to(rest.dtype))
         return {"cosine": found.cosine.detach(), "gram": found.gram.detach(), "alignment_balance": balance}
