@@ -15,6 +15,7 @@ from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.dc_ae import DCAEConfig
 from megasora.config.distillation import DistillationConfig
 from megasora.models.autoencoders.alignment import alignment_of
+from megasora.models.autoencoders.dc_ae.model import Encoder
 from megasora.models.autoencoders.teacher import Grid, make_tiny_teacher
 from megasora.training.autoencoder.backward import MEASURED, ClipDraws, Losses, backward_clip
 from megasora.training.autoencoder.distillation import Distillation
@@ -133,3 +134,19 @@ def test_the_decoder_stays_as_it_is_where_the_encoder_alone_is_trained(teacher: 
     measured(config, network, distillation, clip_levels())
     grown = {name for name, parameter in network.module.named_parameters() if parameter.grad is not None}
     assert grown == {name for name, _ in network.module.named_parameters() if name.startswith("encoder.")}
+
+
+@pytest.mark.parametrize("sizes", [DCAEConfig(), SIZES], ids=["published", "small"])
+def test_a_stages_places_cover_what_the_sizes_say(sizes: DCAEConfig) -> None:
+    with torch.device("meta"):
+        encoder = Encoder(sizes)
+        shapes: dict[int | None, tuple[int, ...]] = {}
+        for number, stage in enumerate(encoder.stages):
+            stage.register_forward_hook(lambda module, inputs, output, number=number: shapes.__setitem__(number, tuple(output.shape[2:])))
+        shapes[None] = tuple(encoder(torch.empty(1, 3, 16, 64, 96)).shape[2:])
+    assert len(shapes) == len(sizes.widths) + 1
+    for stage_number, (t, h, w) in shapes.items():
+        frames, pixels = sizes.compression_after(stage_number)
+        assert (t, h, w) == (16 // frames, 64 // pixels, 96 // pixels)
+    if sizes == DCAEConfig():
+        assert sizes.compression_after(3) == (2, 16)  # 1024 x 16 x 16 x 16 of 32 frames of 256px
