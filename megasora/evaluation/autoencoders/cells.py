@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from torch import Tensor
 
+from megasora.config.errors import UserError
 from megasora.config.files import written_whole
 from megasora.evaluation.autoencoders.latents import LatentMoments
 from megasora.evaluation.autoencoders.measure import ClipMeasures, Measured, Pair
@@ -81,11 +83,19 @@ class Cells:
         return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
     def load(self, key: str) -> Cell:
-        """A finished one."""
+        """A finished one.
+
+        Raises:
+            UserError: its files were damaged since.
+        """
         folder = self._clips / key
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))["measures"]
-        with np.load(folder / ARRAYS) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        try:
+            facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))["measures"]
+            with np.load(folder / ARRAYS) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            what = " ".join(str(error).split())[:80]
+            raise UserError(f"{folder} is damaged ({what}): remove it, and the same command measures it again") from error
         latent = {name.removeprefix(LATENT): array for name, array in arrays.items() if name.startswith(LATENT)}
         names = dict.fromkeys(name[:-2] for name in arrays if not name.startswith(LATENT))
         return Cell(

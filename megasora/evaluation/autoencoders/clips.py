@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,10 @@ def find_clips(path: Path, *, limit: int | None) -> tuple[tuple[SourceClip, ...]
     if path.suffix in TABLES:
         manifest = read_manifest(path)
         skipped = tuple(f"row {row.row}: {row.reason}" for row in manifest.skipped)
+        alike = Counter(clip.id for clip in manifest.clips)
         clips = [
             SourceClip(
-                name=f"{Path(clip.path).stem} [{clip.id}]",
+                name=f"{Path(clip.path).stem} [{clip.id if alike[clip.id] == 1 else f'row {clip.row}'}]",
                 path=Path(clip.path),
                 start=clip.start_frame,
                 num_frames=clip.num_frames,

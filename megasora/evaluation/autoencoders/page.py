@@ -142,7 +142,8 @@ def _clip(shown: Shown, about: Sequence[About]) -> str:
     curve = plots.curves({name: cell.measures.psnr_frames for name, cell in shown.cells.items()}, colours=colours)
     return (
         f'<section><h3>{escape(shown.name)}</h3><p class="soft">{measures}</p><div class="scroll">{rows}</div>'
-        f'<div class="time"><div class="scroll">{strips}</div>{curve}</div></section>'
+        + (f'<div class="time"><div class="scroll">{strips}</div>{curve}</div>' if strips else "")
+        + "</section>"
     )
 
 

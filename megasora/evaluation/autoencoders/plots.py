@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megasora.evaluation.autoencoders.latents import EDGES, LatentMoments
 
 DEVIATIONS = 4.0
 """To both sides of a histogram's middle."""
+STEP = 0.2
+"""Least width of a histogram's step, in deviations."""
 Curves = Mapping[str, Sequence[float | None]]
 
 
@@ -91,19 +94,26 @@ def histograms(moments: LatentMoments) -> Iterator[str]:
         yield (f"<figure>{_svg([drawn], 100, 40, words)}<figcaption>{channel}<span>{mean:.2g} ± {std:.2g}</span></figcaption></figure>")
 
 
-def _outline(counts: np.ndarray, *, mean: float, std: float) -> str:
-    """Steps of a histogram's density in 100 x 40; empty where nothing varies."""
+def _outline(counts: NDArray[np.int64], *, mean: float, std: float) -> str:
+    """Steps of a histogram's density in 100 x 40; empty where nothing varies. Bins narrower than a step are joined: near 0, where they are
+    finest, a few values would make a spike."""
     low, high = mean - DEVIATIONS * std, mean + DEVIATIONS * std
     inside = np.flatnonzero((EDGES[1:] > low) & (EDGES[:-1] < high))
     if std <= 0 or not len(inside):
         return ""
-    density = counts[inside] / np.diff(EDGES)[inside]
-    top = float(density.max()) or 1.0
-    points = [f"M{_across(EDGES[inside[0]], low, high):.1f} 40"]
-    for place, value in zip(inside, density, strict=True):
-        level = 40 - 38 * float(value) / top
-        points.append(f"L{_across(EDGES[place], low, high):.1f} {level:.1f}L{_across(EDGES[place + 1], low, high):.1f} {level:.1f}")
-    return "".join([*points, f"L{_across(EDGES[inside[-1] + 1], low, high):.1f} 40Z"])
+    steps: list[tuple[float, float, float]] = []
+    start, held = EDGES[inside[0]], 0
+    for place in inside:
+        held += int(counts[place])
+        if EDGES[place + 1] - start >= STEP * std or place == inside[-1]:
+            steps.append((start, EDGES[place + 1], held / (EDGES[place + 1] - start)))
+            start, held = EDGES[place + 1], 0
+    top = max(density for _, _, density in steps) or 1.0
+    points = []
+    for left, right, density in steps:
+        level = 40 - 38 * density / top
+        points.append(f"L{_across(left, low, high):.1f} {level:.1f}L{_across(right, low, high):.1f} {level:.1f}")
+    return f"M{_across(steps[0][0], low, high):.1f} 40{''.join(points)}L{_across(steps[-1][1], low, high):.1f} 40Z"
 
 
 def _across(value: float, low: float, high: float) -> float:

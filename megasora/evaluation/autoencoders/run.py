@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from megasora.config.errors import UserError
-from megasora.config.latent_statistics import refuse_without_config
 from megasora.data.decoding.contract import DecodeError, DecodeRequest
 from megasora.data.decoding.pyav import PyAVDecoder
 from megasora.data.loader import ClipLoader
@@ -91,8 +90,6 @@ def evaluate_autoencoders(settings: EvaluationSettings, *, on_clip: OnClip | Non
         UserError: weights, clips or settings do not allow it, or no clip could be measured.
     """
     be_quiet()
-    for path in settings.weights if settings.write_config else ():
-        refuse_without_config(path)
     device, ranks = groups.choose_device(settings.device), groups.launched_ranks(os.environ)
     subjects = open_subjects(settings.weights, select=settings.select, dtype=settings.dtype, cutting=settings.cutting)
     taken = shapes_for(subjects, settings.shapes)

@@ -61,7 +61,6 @@ class EvaluationSettings:
     fid: Path | None
     fvd: Path | None
     shown: int
-    write_config: bool
 
 
 def shapes_of(sizes: str, frames: str) -> tuple[Shape, ...]:

@@ -25,6 +25,9 @@ from megasora.evaluation.intervals import Summary, summarise
 from megasora.models.autoencoders.cost import AutoencoderCost
 from megasora.models.autoencoders.memory import AutoencoderMemory
 
+RESAMPLES = 1_000
+"""Of the intervals in results.json; the table says standard errors."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
@@ -187,11 +190,11 @@ def _row(group: Group) -> Row:
         shape=group.shape,
         clips=len(cells),
         skipped=len(group.skipped),
-        psnr=summarise(finite) if finite else None,
+        psnr=summarise(finite, resamples=RESAMPLES) if finite else None,
         equal_clips=len(cells) - len(finite),
         equal_frames=sum(one.equal_frames for one in measures),
-        ssim=summarise([one.ssim for one in measures]),
-        lpips=summarise(distances) if distances else None,
+        ssim=summarise([one.ssim for one in measures], resamples=RESAMPLES),
+        lpips=summarise(distances, resamples=RESAMPLES) if distances else None,
         fid=_distance(cells, "fid"),
         fvd=_distance(cells, "fvd"),
         encode=encode,

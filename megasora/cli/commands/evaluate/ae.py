@@ -11,6 +11,7 @@ import tyro
 from megasora.cli.endings import Answer, file_errors, rank
 from megasora.cli.progress import row_bar
 from megasora.config.errors import UserError
+from megasora.config.latent_statistics import keep_statistics, refuse_without_config
 
 EXTRA = "evaluate"
 
@@ -65,7 +66,8 @@ def run(args: Args) -> Answer | None:
     if args.shown < 0 or (args.fps is not None and args.fps <= 0):
         raise UserError("--shown is 0 or more and --fps above 0")
     settings = _settings(args)
-    from megasora.config.latent_statistics import keep_statistics
+    for path in args.weights if args.write_config else ():
+        refuse_without_config(path)  # before the slow imports
     from megasora.evaluation.autoencoders.report import write_report
     from megasora.evaluation.autoencoders.run import evaluate_autoencoders
     from megasora.evaluation.autoencoders.summary import statistics_to_keep, summarise_evaluation
@@ -109,5 +111,4 @@ def _settings(args: Args) -> Any:
         fid=args.fid,
         fvd=args.fvd,
         shown=args.shown,
-        write_config=args.write_config,
     )

@@ -96,11 +96,11 @@ def finished(out: Path) -> dict[str, int]:
 
 
 def test_an_interrupted_command_goes_on(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    words = [made / "one", "--clips", made / "clips" / "clip0.mp4", "--sizes", "32,64x32", "--frames", "1,8", "--out", tmp_path / "out"]
+    words = [made / "one", "--clips", made / "clips" / "clip0.mp4", "--sizes", "32", "--frames", "1,8", "--out", tmp_path / "out"]
     real, calls = run_module.measure_clip, []
 
     def cut_off(*args: Any, **kwargs: Any) -> Any:
-        if len(calls) == 2:
+        if calls:
             raise KeyboardInterrupt
         calls.append(1)
         return real(*args, **kwargs)
@@ -109,13 +109,18 @@ def test_an_interrupted_command_goes_on(made: Path, tmp_path: Path, monkeypatch:
     evaluate(*words, code=130)
     assert f"{tmp_path / 'out'} goes on" in capsys.readouterr().err
     first = finished(tmp_path / "out")
-    assert len(first) == 2 and not (tmp_path / "out" / "report.html").exists()
+    assert len(first) == 1 and not (tmp_path / "out" / "report.html").exists()
     monkeypatch.setattr(run_module, "measure_clip", real)
     evaluate(*words)
     second = finished(tmp_path / "out")
-    assert len(second) == 4 and first.items() <= second.items()
+    assert len(second) == 2 and first.items() <= second.items()
     evaluate(*words)
     assert finished(tmp_path / "out") == second
+    capsys.readouterr()
+    damaged = next((tmp_path / "out" / "clips").iterdir())
+    (damaged / "arrays.npz").write_bytes(b"PK")
+    evaluate(*words, code=2)
+    assert f"{damaged} is damaged" in capsys.readouterr().err
 
 
 def test_other_settings_or_weights_are_never_mixed_in(made: Path, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import torch
 
 from megasora.evaluation.autoencoders.latents import EDGES, NUM_BINS, LatentMoments, merged, moments_of
+from megasora.evaluation.autoencoders.plots import histograms
 from megasora.models.autoencoders.posterior import Posterior
 
 
@@ -48,3 +51,12 @@ def test_a_file_keeps_them() -> None:
     for name in ("mean", "squares", "histogram"):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
     assert merged([]) is None
+
+
+def test_a_histogram_is_drawn_as_a_density_whatever_the_width_of_its_bins() -> None:
+    # uniform on [-1, 1]: flat, 2 / (8 / sqrt(12) * 2) = 43 % of the picture's width of eight deviations, in its middle
+    (drawn,) = histograms(moments(torch.linspace(-1, 1, 100_001, dtype=torch.float64).view(1, 1, 1, -1)))
+    points = [tuple(map(float, point.split())) for point in re.findall(r"L([\d.]+ [\d.]+)", drawn)]
+    high = [x for x, y in points if y < 21]
+    assert abs(min(high) - 28.35) < 3 and abs(max(high) - 71.65) < 3
+    assert all(y < 4 for x, y in points if 33 < x < 67)
