@@ -42,20 +42,30 @@ def raise_on_autoencoder_problems(config: AutoencoderRunConfig, *, world_size: i
 
 
 def _layout(config: AutoencoderRunConfig, world_size: int) -> Iterator[Problem]:
-    if config.parallel.context_parallel_size != 1:
-        yield Problem(
-            field="parallel.context_parallel_size",
-            message=f"is {config.parallel.context_parallel_size}: ranks cannot share a clip of an autoencoder that is trained",
-            cure="use 1; clips are dealt out over the ranks",
-        )
+    cp, axis = config.parallel.context_parallel_size, config.parallel.context_parallel_axis
     if world_size < 1:
         yield Problem(field="world size", message=f"is {world_size}", cure="use at least 1 rank")
-    if world_size > config.data.batch_size >= 1:
+    if cp < 1 or world_size % cp:
+        yield Problem(
+            field="parallel.context_parallel_size",
+            message=f"is {cp}, which does not divide {world_size} rank(s)",
+            cure=f"use a divisor of {world_size}, or a multiple of {max(cp, 1)} ranks",
+        )
+    elif world_size // cp > config.data.batch_size >= 1:
+        groups = f"groups of {cp} of {world_size} ranks" if cp > 1 else f"{world_size} ranks"
         yield Problem(
             field="data.batch_size",
-            message=f"{config.data.batch_size} clips of a step leave some of {world_size} ranks without one",
-            cure=f"use {world_size} or more, or fewer ranks",
+            message=f"{config.data.batch_size} clips of a step leave some of {groups} without one",
+            cure=f"use {world_size // cp} or more, fewer ranks, or a larger --parallel.context_parallel_size",
         )
+    if axis == "time" and config.autoencoder.kind == "hunyuan":
+        yield Problem(
+            field="parallel.context_parallel_axis",
+            message="is time: in HunyuanVideo's autoencoder frame 0 stands alone in every layer",
+            cure="use height",
+        )
+    if cp > 1:
+        yield from _patches(config)
     if config.device == "cpu" and config.precision.dtype == "bf16":
         yield Problem(
             field="precision.dtype", message="is bf16 on the CPU, which no recipe is tested with", cure="use --precision.dtype fp32"
@@ -71,6 +81,28 @@ def _optimizers(config: AutoencoderRunConfig) -> Iterator[Problem]:
                     message=f"is {getattr(settings, name)}: an autoencoder's moments are small and stay fp32",
                     cure="use fp32",
                 )
+
+
+def _patches(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    """Slabs of the discriminator are whole patches, which halve the frames twice and rows num_layers times."""
+    layers, data = config.discriminator.num_layers, config.data
+    if not config.has_discriminator or layers < 1:
+        return
+    side = data.resolution.removesuffix("px")
+    if data.aspect == "square" and side.isdecimal() and int(side) % 2**layers:
+        yield Problem(
+            field="discriminator.num_layers",
+            message=f"ranks share {side} rows in whole patches of {2**layers}",
+            cure=f"use --data.resolution {max(1, round(int(side) / 2**layers)) * 2**layers}px, or fewer layers",
+        )
+    unit = 2 ** min(2, layers)
+    bad = [frames for frames in data.frame_counts if frames > 1 and frames % unit]
+    if config.parallel.context_parallel_axis == "time" and bad:
+        yield Problem(
+            field="data.frame_counts",
+            message=f"{bad}: ranks share frames in whole patches of {unit}",
+            cure=f"use multiples of {unit}, or --parallel.context_parallel_axis height",
+        )
 
 
 def _network(config: AutoencoderRunConfig) -> Iterator[Problem]:

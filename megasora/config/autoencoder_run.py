@@ -19,6 +19,7 @@ from megasora.config.schema import (
     OptimizerConfig,
     ProfileConfig,
     RecoveryConfig,
+    SlabAxis,
     TrainConfig,
 )
 
@@ -167,10 +168,13 @@ class AutoencoderEvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderParallelConfig:
-    """How the work is spread over ranks: whole clips, optimizer state shared out (ZeRO-1)."""
+    """How the work is spread over ranks: whole clips or slabs of clips, optimizer state shared out over all ranks (ZeRO-1)."""
 
     context_parallel_size: int = 1
-    """Ranks that share one clip. Only 1 can be trained: the exact exchange of halos is not there yet."""
+    """Ranks that share one clip, exactly: each has a slab, and asks its neighbours for the lines that convolutions reach."""
+    context_parallel_axis: SlabAxis = "height"
+    """What slabs are of. height takes clips and pictures of any kind; time needs no exchange of frames for LPIPS, and moves more between
+    neighbours where a frame has more pixels than a row of all frames. Pictures are cut by height. HunyuanVideo's takes height only."""
     timeout_minutes: float = 30.0
     """How long a collective may wait before the job is ended."""
 

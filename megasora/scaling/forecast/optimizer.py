@@ -22,4 +22,4 @@ def optimizer_s(config: RunConfig, stage: int, *, topology: Topology, hardware: 
     own = stage_parameters(config.model, config.parallel)[stage] / topology.tp / (topology.cp * topology.dp)
     size = ADAM_BYTES[config.precision.dtype] + (EMA_BYTES if config.optimizer.ema_decay > 0 else 0)
     size += WIDENING_BYTES[config.optimizer.exp_avg_dtype] + WIDENING_BYTES[config.optimizer.exp_avg_sq_dtype]
-    return own * size / hardware.rates.adam
+    return own * size / hardware.rates.adam * hardware.slowed(topology.world_size)

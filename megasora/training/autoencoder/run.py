@@ -36,7 +36,8 @@ def train_autoencoder(config: AutoencoderRunConfig) -> None:
     be_quiet()
     if config.train.deterministic:
         use_deterministic_algorithms(device)
-    layout = ParallelConfig(timeout_minutes=config.parallel.timeout_minutes)
+    sharing = config.parallel
+    layout = ParallelConfig(context_parallel_size=sharing.context_parallel_size, timeout_minutes=sharing.timeout_minutes)
     context = groups.initialize(layout, device=device, num_attention_heads=1, seed=config.init.seed)
     run_dir = Path(config.run_dir or f"runs/{config.recipe}").absolute()
     if context.rank == 0:

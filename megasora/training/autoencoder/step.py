@@ -21,7 +21,7 @@ from megasora.models.autoencoders.discriminator import ClipDiscriminator
 from megasora.models.autoencoders.losses import Perceptual
 from megasora.parallel.groups import ParallelContext
 from megasora.training.autoencoder.backward import MEASURED, Losses, backward_clip
-from megasora.training.autoencoder.feed import ClipBatch
+from megasora.training.autoencoder.feed import ClipBatch, OwnClip, levels_of_all
 from megasora.training.autoencoder.network import TrainedNetwork
 from megasora.training.guard import Guard
 from megasora.training.optimizer import (
@@ -188,6 +188,7 @@ def autoencoder_step(
     """One optimizer step on all ranks, unless something is wrong with its losses or its gradients."""
     trainee.enter("agree")
     counted, failed, asked, wait_s = _agree(batch, context=context, stop=stop)
+    good = _good(batch, context)
     skipped = _gather_skips(batch, context) if failed else []
     active = _active(trainee, config)
     trainee.enter("forward_backward")
@@ -200,9 +201,9 @@ def autoencoder_step(
         discriminator=active.module if active is not None and isinstance(active.module, ClipDiscriminator) else None,
     )
     sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=context.device)
-    for clip in batch.clips:
-        if isinstance(clip.video, Tensor):
-            sums += backward_clip(trainee.network, clip.video, losses_of=losses_of, draws=clip.draws, share=1 / counted)
+    for clip in good:
+        levels = levels_of_all(clip, context)
+        sums += backward_clip(trainee.network, levels, losses_of=losses_of, draws=clip.draws, share=1 / counted)
     trainee.enter("agree")
     dist.all_reduce(sums)
     means = dict(zip(MEASURED, (sums / max(counted, 1)).tolist(), strict=True))
@@ -256,8 +257,9 @@ def _update(trainee: AutoencoderTrainee, learners: list[Learning], means: dict[s
 
 def _agree(batch: ClipBatch, *, context: ParallelContext, stop: bool) -> tuple[int, int, bool, float]:
     """(clips that count, clips that failed, whether to stop, longest wait), the same on every rank, before a clip's share is used."""
-    failed = sum(isinstance(clip.video, str) for clip in batch.clips)
-    sums = torch.tensor([len(batch.clips) - failed, failed, float(stop)], dtype=torch.float64, device=context.device)
+    failed = sum(isinstance(clip.levels, str) for clip in batch.clips)
+    decoded = sum(isinstance(clip.levels, Tensor) for clip in batch.clips)
+    sums = torch.tensor([decoded, failed, float(stop)], dtype=torch.float64, device=context.device)
     longest = torch.tensor([batch.wait_s], dtype=torch.float64, device=context.device)
     dist.all_reduce(sums)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
@@ -265,10 +267,18 @@ def _agree(batch: ClipBatch, *, context: ParallelContext, stop: bool) -> tuple[i
     return int(counted), int(failures), asked > 0, float(longest)
 
 
+def _good(batch: ClipBatch, context: ParallelContext) -> list[OwnClip]:
+    """The replica's clips that could be decoded, the same on each of its ranks."""
+    decoded = torch.tensor([isinstance(clip.levels, Tensor) for clip in batch.clips], dtype=torch.int32, device=context.device)
+    if context.replica.size() > 1:
+        dist.all_reduce(decoded, group=context.replica)
+    return [clip for clip, there in zip(batch.clips, decoded.tolist(), strict=True) if there]
+
+
 def _gather_skips(batch: ClipBatch, context: ParallelContext) -> list[tuple[str, str]]:
     """(clip, reason) of all ranks; only called when some rank failed a clip, which all know."""
     gathered: list[Any] = [None] * context.world_size
-    dist.all_gather_object(gathered, [(clip.name, clip.video) for clip in batch.clips if isinstance(clip.video, str)])
+    dist.all_gather_object(gathered, [(clip.name, clip.levels) for clip in batch.clips if isinstance(clip.levels, str)])
     return [skip for part in gathered for skip in part]
 
 

@@ -122,9 +122,10 @@ class AutoencoderTrainer(Trainer):
         """See `Trainer.greet`."""
         config = self.config
         adversary = f"discriminator from step {config.discriminator.start_step}" if config.has_discriminator else "no discriminator"
-        name = self.trainee.network.about["_class_name"]
+        name, cp = self.trainee.network.about["_class_name"], self.context.topology.cp
+        sharing = f"{cp} to a clip in slabs of {config.parallel.context_parallel_axis}, " if cp > 1 else ""
         self.log.say(
-            f"{config.recipe}: {name} on {self.context.world_size} {config.device} rank(s), {adversary}; "
+            f"{config.recipe}: {name} on {self.context.world_size} {config.device} rank(s), {sharing}{adversary}; "
             f"{len(self.clips)} clips, steps {self.trainee.step + 1} to {config.train.steps}; {config.run_dir}"
         )
         for event in self.events:
@@ -144,7 +145,7 @@ class AutoencoderTrainer(Trainer):
 
 
 def refuse_small(clips: tuple[PlannedClip, ...], config: AutoencoderRunConfig) -> None:
-    """Refuse clips that are too small for the discriminator's or LPIPS's layers.
+    """Refuse clips that are too small for the discriminator's or LPIPS's layers, or no whole patches where ranks share them.
 
     Raises:
         UserError: names the size and the cure.
@@ -156,6 +157,13 @@ def refuse_small(clips: tuple[PlannedClip, ...], config: AutoencoderRunConfig) -
         raise UserError(
             f"clips of {least} pixels a side leave a discriminator of {config.discriminator.num_layers} layers less than 2 x 2 patches; "
             f"use --discriminator.num_layers {layers} or clips of {needed} pixels"
+        )
+    patch = 2**config.discriminator.num_layers
+    wrong = [clip.height for clip in clips if clip.height % patch]
+    if config.has_discriminator and config.parallel.context_parallel_size > 1 and wrong:
+        raise UserError(
+            f"ranks share a clip's rows in whole patches of the discriminator, {patch} pixels, and clips of {wrong[0]} rows are none; use "
+            "--data.aspect square, fewer --discriminator.num_layers, or --parallel.context_parallel_size 1"
         )
     if config.loss.lpips is not None and least < min(SMALLEST_SIDE.values()):
         raise UserError(f"clips of {least} pixels a side are too small for LPIPS; use {max(SMALLEST_SIDE.values())} or more")
@@ -176,6 +184,7 @@ def build_autoencoder_trainee(config: AutoencoderRunConfig, *, context: Parallel
     recompute_blocks(network, config.autoencoder)
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     main = _learning(network, config, dtype=dtype, context=context)
+    network = network.shared_by(context.replica, axis=config.parallel.context_parallel_axis)
     ema = EMA(main.optimizer, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay > 0 else None
     adversary = None
     if config.has_discriminator:
