@@ -44,8 +44,8 @@ MUTANTS = (
     Mutant(
         "a posterior always draws the first elements",
         "megasora/models/autoencoders/posterior.py",
-        "torch.arange(first_element, first_element + math.prod(shape)",
-        "torch.arange(math.prod(shape)",
+        "numbered(self.mean.shape, device=self.mean.device) + first_element",
+        "numbered(self.mean.shape, device=self.mean.device)",
         ENCODERS,
     ),
     Mutant(
