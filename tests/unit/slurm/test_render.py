@@ -104,6 +104,21 @@ def test_a_preemptible_job_saves_often_and_restarts_without_end(capsys: pytest.C
     assert "flags=(--checkpoint.interval_steps 50)" in text
 
 
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_an_autoencoder_s_job_trains_with_train_ae(launcher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["dc_ae_stage2", "--nodes", "2", "--gpus_per_node", "4", "--launcher", launcher, "--device", "cpu", "--precision.dtype", "fp32"]
+    text = rendered([*words, "--run", "runs/one", "--parallel.context_parallel_size", "2", "--preemptible"], capsys)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert 'megasora train-ae "$@"' in text and "megasora train " not in text and "ENCODERS" not in text
+    assert "--parallel.context_parallel_size 2" in text and "--checkpoint.interval_steps 200" in text
+    assert '[ -n "$LPIPS" ] && flags+=(--loss.lpips "$LPIPS")' in text and "RUN=${RUN:-runs/one}" in text
+    assert ': "${LPIPS:?' in text and "LPIPS=lpips sbatch" in text  # asked for, as it was not given
+    given = rendered([*words, "--lpips", "weights"], capsys)
+    assert "LPIPS=${LPIPS:-weights}" in given and "RUN=runs/BEFORE" in given
+    assert "init.run: and init.weights are both given" in refused([*words, "--run", "a", "--weights", "b"], capsys)
+    assert "which does not divide 8 rank(s)" in refused([*words, "--parallel.context_parallel_size", "3"], capsys)
+
+
 def test_programs_get_the_file_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "job.sbatch"
     data = json.loads(rendered(["tiny", "--nodes", "2", "--gpus_per_node", "4", "--output", str(file), "--json"], capsys))
