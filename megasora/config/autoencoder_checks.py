@@ -18,7 +18,15 @@ def autoencoder_problems(config: AutoencoderRunConfig, *, world_size: int) -> li
         config: the run.
         world_size: ranks of the job.
     """
-    checks = (_layout(config, world_size), _network(config), _losses(config), _adversary(config), _data(config), _numbers(config))
+    checks = (
+        _layout(config, world_size),
+        _optimizers(config),
+        _network(config),
+        _losses(config),
+        _adversary(config),
+        _data(config),
+        _numbers(config),
+    )
     return [problem for check in checks for problem in check]
 
 
@@ -62,6 +70,17 @@ def _layout(config: AutoencoderRunConfig, world_size: int) -> Iterator[Problem]:
         yield Problem(
             field="precision.dtype", message="is bf16 on the CPU, which no recipe is tested with", cure="use --precision.dtype fp32"
         )
+
+
+def _optimizers(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    for section, settings in (("optimizer", config.optimizer), ("discriminator.optimizer", config.discriminator.optimizer)):
+        for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(settings, name) != "fp32":
+                yield Problem(
+                    field=f"{section}.{name}",
+                    message=f"is {getattr(settings, name)}: an autoencoder's moments are small and stay fp32",
+                    cure="use fp32",
+                )
 
 
 def _patches(config: AutoencoderRunConfig) -> Iterator[Problem]:

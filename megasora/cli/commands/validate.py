@@ -11,7 +11,7 @@ from megasora.cli.recipe_arguments import AutoencoderArgs, RecipeArgs, autoencod
 from megasora.config.autoencoder_checks import autoencoder_problems
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
-from megasora.config.memory import MemoryEstimate, memory_estimate
+from megasora.config.memory import MemoryEstimate, host_bytes, memory_estimate
 from megasora.config.pack_tokens import largest_clip
 from megasora.config.parameters import parameter_count
 from megasora.config.pipeline_split import chunk_lengths, stage_parameters
@@ -93,7 +93,7 @@ def run(args: Args | OfAutoencoder) -> Answer:
     autoencoder = None if found else _autoencoder(args.config)
     data = {
         "problems": [to_dict(problem) for problem in found],
-        "memory": None if estimate is None else _memory_data(estimate),
+        "memory": None if estimate is None else {**_memory_data(estimate), "host_bytes": _host_bytes(args.config, args.gpus)},
         "autoencoder": autoencoder,
     }
     return Answer(data=data, show=lambda: _show(args.config, args.gpus, estimate, autoencoder), exit_code=2 if found else 0)
@@ -128,6 +128,11 @@ def _named(size: Mapping[str, int]) -> dict[str, int]:
     return {"frames": size["num_frames"], "height": size["height"], "width": size["width"]}
 
 
+def _host_bytes(config: RunConfig, gpus: int) -> int:
+    """Page-locked host memory of a rank's offloaded inputs."""
+    return round(host_bytes(config, world_size=gpus))
+
+
 def _memory_data(estimate: MemoryEstimate) -> dict[str, Any]:
     """Bytes on the fullest GPU."""
     place = {"stage": estimate.stage, "tokens": estimate.tokens, "in_flight": estimate.in_flight}
@@ -156,6 +161,8 @@ def _show(config: RunConfig, gpus: int, estimate: MemoryEstimate | None, autoenc
         for name, size in estimate.parts().items():
             if size:
                 table.add_row(f"  {name.replace('_', ' ').replace('fp8', 'FP8')}", f"{size / 1e9:.1f} GB")
+        if host := _host_bytes(config, gpus):
+            table.add_row("page-locked host memory of each GPU's rank", f"up to {host / 1e9:.1f} GB of offloaded inputs")
     if autoencoder is not None:
         table.add_section()
         table.add_row("autoencoder beside it: weights", f"{autoencoder['weights'] / 1e9:.1f} GB")
