@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from megasora import cli, recipes
+from megasora.cli.commands import supervise
 from megasora.cli.parsing import parse
+from megasora.config.errors import UserError
+from megasora.config.io import save_yaml
 from megasora.slurm.flags import changed_flags
 from megasora.slurm.job import seconds
 from megasora.slurm.template import _default
@@ -160,3 +163,14 @@ def test_each_autoencoder_has_its_folder(capsys: pytest.CaptureFixture[str]) -> 
     text = rendered(["opensora2_dc_ae", "--nodes", "20"], capsys)
     assert '--encoders.vae "$ENCODERS/dc-ae"' in text and "hunyuan" not in text
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_supervise_and_status_know_an_autoencoder_s_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("train-ae", "tiny_ae", "--run_dir", str(tmp_path))
+    assert supervise._run_dir(supervise.Args(words=words)) == tmp_path
+    with pytest.raises(UserError, match="megasora supervise -- train RECIPE"):
+        supervise._run_dir(supervise.Args(words=("sample", "tiny")))
+    save_yaml(recipes.get_autoencoder("tiny_ae"), tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
+    cli.main(["slurm", "status", str(tmp_path)])
+    assert capsys.readouterr().out == "step 7 of 400\n"
