@@ -63,9 +63,12 @@ def main() -> None:
     except UserError as error:
         print(f"demo-ae: error: {error}", file=sys.stderr)
         sys.exit(2)
+    trained = recipe.data
+    shapes = f"--sizes {trained.resolution.removesuffix('px')} --frames 1,{max(trained.frame_counts)} --fps {trained.target_fps:g}"
     print(
         f"\ndone in {time.time() - started:.0f} s\n  curves:      tensorboard --logdir {run_dir / 'tensorboard'}\n"
-        f"  clip:        {clip} (the clip, from random weights, from trained ones)\n  autoencoder: {folder}"
+        f"  clip:        {clip} (the clip, from random weights, from trained ones)\n  autoencoder: {folder}\n"
+        f"  measure it:  megasora evaluate ae {folder} --clips {held_out} {shapes} --out {root / 'measured'}"
     )
 
 

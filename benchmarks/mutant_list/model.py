@@ -361,6 +361,20 @@ MUTANTS = (
         LAYOUT,
     ),
     Mutant(
+        "inputs copied to the host before they are computed",
+        "megasora/models/mmdit/offload.py",
+        "        stream.wait_stream(torch.cuda.current_stream(self._device))\n",
+        "",
+        OFFLOAD,
+    ),
+    Mutant(
+        "an offloaded block does not wait for its inputs",
+        "megasora/models/mmdit/offload.py",
+        "        self.fetch()\n        self._wait()\n",
+        "        self.fetch()\n",
+        OFFLOAD,
+    ),
+    Mutant(
         "recompute counts swapped",
         "megasora/models/mmdit/stages.py",
         "recompute_double=recompute[0]",

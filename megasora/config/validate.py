@@ -219,12 +219,6 @@ def _zero(config: RunConfig, world_size: int) -> Iterator[Problem]:
     parallel = config.parallel
     if parallel.zero_stage == 1:
         return
-    if config.precision.fp8 != "none":
-        yield Problem(
-            field="parallel.zero_stage",
-            message=f"{parallel.zero_stage} shards fp32 weights, which FP8 layers have not been shown to work with",
-            cure="use --parallel.zero_stage 1 or --precision.fp8 none",
-        )
     for name in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(parallel, name):
             yield Problem(
