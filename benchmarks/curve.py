@@ -93,7 +93,13 @@ def batches(steps: int, *, fp8: str, dtype: torch.dtype, device: torch.device, s
 
 
 def loss_curve(
-    precision: PrecisionConfig, *, steps: int, context: ParallelContext, nudge_seed: int | None = None, seed: int = SEED
+    precision: PrecisionConfig,
+    *,
+    steps: int,
+    context: ParallelContext,
+    nudge_seed: int | None = None,
+    seed: int = SEED,
+    anneal: bool = False,
 ) -> list[float]:
     """Mean loss of each step, on one rank.
 
@@ -103,6 +109,7 @@ def loss_curve(
         context: a world of one rank.
         nudge_seed: draws a change of the first weights by about one rounding of bf16 (2^-9 of each); None changes nothing.
         seed: of clips, first weights, noise and times.
+        anneal: the rate falls to 0 in a line over the last half.
     """
     parallel = ParallelConfig()
     chunks, config = build_chunks(MODEL, parallel, precision, context=context)
@@ -116,7 +123,9 @@ def loss_curve(
     refresh_masters(optimizer)
     ensure_adam_state(optimizer, step=0)
     losses = []
-    for batch in batches(steps, fp8=precision.fp8, dtype=config.params_dtype, device=context.device, seed=seed):
+    for step, batch in enumerate(batches(steps, fp8=precision.fp8, dtype=config.params_dtype, device=context.device, seed=seed)):
+        for group in optimizer.param_groups if anneal else ():
+            group["lr"] = OPTIMIZER.lr * min(1.0, 2 * (1 - step / steps))
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()

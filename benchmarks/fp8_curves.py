@@ -8,7 +8,8 @@ mean loss of its last 20 steps is within 1 % of bf16's. `delayed` is measured al
 
 Rows beside them say what 1 % means: fp32 (Megatron's own layers), and `nudged` runs whose first weights differ by about one rounding of
 bf16, at random: how far from each other chance takes runs of one precision. With several `--seeds` (of clips, weights, noise and times)
-every run is made once a seed, and what is compared is the mean over them, with its standard error.
+every run is made once a seed, and what is compared is the mean over them, with its standard error. `--anneal` lets the rate fall to 0 over
+the last half: at a constant rate runs that differ by rounding end 2 % apart.
 
 Writes fp8_curves.json (every loss) and prints a table and one JSON line.
 """
@@ -41,7 +42,7 @@ LAST_STEPS = 20
 LIMIT = 0.01
 
 
-def measure(device_name: str, *, steps: int, names: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def measure(device_name: str, *, steps: int, names: Sequence[str], seeds: Sequence[int], anneal: bool) -> list[dict[str, Any]]:
     """One row per run and seed, compared with the first run of the seed."""
     if device_name == "emulated":
         from tests.gpu_emulated.emulation import emulate  # before Megatron is imported, which looks for Transformer Engine then
@@ -60,7 +61,8 @@ def measure(device_name: str, *, steps: int, names: Sequence[str], seeds: Sequen
         for name in names:
             started = time.perf_counter()
             precision, nudge_seed = RUNS[name]
-            losses = loss_curve(PrecisionConfig(**precision), steps=steps, context=context, nudge_seed=nudge_seed, seed=seed)  # type: ignore[arg-type]
+            layers = PrecisionConfig(**precision)  # type: ignore[arg-type]
+            losses = loss_curve(layers, steps=steps, context=context, nudge_seed=nudge_seed, seed=seed, anneal=anneal)
             last = statistics.mean(losses[-LAST_STEPS:])
             reference = last if reference is None else reference
             rows.append({"run": name, "seed": seed, "first": losses[0], "last": last, "gap": last / reference - 1, "losses": losses})
@@ -89,8 +91,11 @@ def main() -> None:
         "--runs", nargs="+", choices=tuple(RUNS), default=tuple(RUNS), help="the first is what the others are compared with"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[11], help="of clips, first weights, noise and times")
+    parser.add_argument(
+        "--anneal", action="store_true", help="the learning rate falls to 0 over the last half, as at the end of a training"
+    )
     arguments = parser.parse_args()
-    rows = measure(arguments.device, steps=arguments.steps, names=arguments.runs, seeds=arguments.seeds)
+    rows = measure(arguments.device, steps=arguments.steps, names=arguments.runs, seeds=arguments.seeds, anneal=arguments.anneal)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "fp8_curves.json").write_text(json.dumps({"device": arguments.device, "steps": arguments.steps, "rows": rows}))
     gaps = gaps_of(rows)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megasora.config.autoencoder_run import AutoencoderRunConfig
+from megasora.config.distillation_checks import distillation_problems
 from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
 from megasora.config.problem import Problem
 from megasora.config.profile_steps import profiled_steps
+from megasora.config.schema import OptimizerConfig
 
 
 def autoencoder_problems(config: AutoencoderRunConfig, *, world_size: int) -> list[Problem]:
@@ -24,6 +26,7 @@ def autoencoder_problems(config: AutoencoderRunConfig, *, world_size: int) -> li
         _network(config),
         _losses(config),
         _adversary(config),
+        distillation_problems(config),
         _data(config),
         _numbers(config),
     )
@@ -72,8 +75,17 @@ def _layout(config: AutoencoderRunConfig, world_size: int) -> Iterator[Problem]:
         )
 
 
+def _sections(config: AutoencoderRunConfig) -> tuple[tuple[str, OptimizerConfig], ...]:
+    """Every optimizer, by its section."""
+    return (
+        ("optimizer", config.optimizer),
+        ("discriminator.optimizer", config.discriminator.optimizer),
+        ("distillation.optimizer", config.distillation.optimizer),
+    )
+
+
 def _optimizers(config: AutoencoderRunConfig) -> Iterator[Problem]:
-    for section, settings in (("optimizer", config.optimizer), ("discriminator.optimizer", config.discriminator.optimizer)):
+    for section, settings in _sections(config):
         for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
             if getattr(settings, name) != "fp32":
                 yield Problem(
@@ -190,7 +202,7 @@ def _data(config: AutoencoderRunConfig) -> Iterator[Problem]:
 
 
 def _numbers(config: AutoencoderRunConfig) -> Iterator[Problem]:
-    for section, optimizer in (("optimizer", config.optimizer), ("discriminator.optimizer", config.discriminator.optimizer)):
+    for section, optimizer in _sections(config):
         ranges = (
             ("lr", optimizer.lr > 0, "positive"),
             ("beta1", 0 <= optimizer.beta1 < 1, "in [0, 1)"),

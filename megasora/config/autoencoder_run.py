@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megasora.config.dc_ae import DCAEConfig
+from megasora.config.distillation import DistillationConfig
 from megasora.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -201,6 +202,7 @@ class AutoencoderRunConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     parallel: AutoencoderParallelConfig = field(default_factory=AutoencoderParallelConfig)
     precision: AutoencoderPrecisionConfig = field(default_factory=AutoencoderPrecisionConfig)
     data: AutoencoderDataConfig = field(default_factory=AutoencoderDataConfig)
@@ -223,6 +225,11 @@ class AutoencoderRunConfig:
     def has_discriminator(self) -> bool:
         """Whether there is one."""
         return self.discriminator.weight > 0
+
+    @property
+    def has_distillation(self) -> bool:
+        """Whether features are aligned with a teacher's."""
+        return self.distillation.weight > 0
 
     def encoders_as(self) -> EncodersConfig:
         """The compression that clips are planned with."""

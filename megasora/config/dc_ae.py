@@ -57,6 +57,12 @@ class DCAEConfig:
         """Whether the step after a stage (before it, in the decoder) changes the number of frames."""
         return stage in self.temporal_stages
 
+    def compression_after(self, stage: int | None) -> tuple[int, int]:
+        """(frames, pixels) of a place of a stage's output, with the step to the next stage that ends it; None: of the latent."""
+        last = len(self.widths) - 1
+        steps = last if stage is None else min(stage + 1, last)
+        return int(2 ** sum(self.halves_time(before) for before in range(steps))), int(2**steps)
+
     def problems(self) -> list[str]:
         """What cannot be built, in words."""
         stages = len(self.widths)

@@ -82,10 +82,10 @@ def discriminator_loss(real: Tensor, made: Tensor, *, kind: Adversarial, patches
     return 0.5 * (F.relu(1 - real).sum() + F.relu(1 + made).sum()) / count
 
 
-def adaptive_weight(of_reconstruction: Tensor, of_generator: Tensor) -> Float[Tensor, ""]:
-    """|a| / (|b| + 1e-4), at most 1e4, of two losses' gradients at the decoder's last convolution."""
-    ratio = torch.linalg.vector_norm(_wide(of_reconstruction)) / (torch.linalg.vector_norm(_wide(of_generator)) + BALANCE_EPSILON)
-    return ratio.clamp(0.0, BALANCE_MOST)
+def adaptive_weight(of_reconstruction: Tensor, of_other: Tensor, *, most: float = BALANCE_MOST) -> Float[Tensor, ""]:
+    """|a| / (|b| + 1e-4), at most `most`, of two losses' gradients at the weight where they are compared."""
+    ratio = torch.linalg.vector_norm(_wide(of_reconstruction)) / (torch.linalg.vector_norm(_wide(of_other)) + BALANCE_EPSILON)
+    return ratio.clamp(0.0, most)
 
 
 def _wide(x: Tensor) -> Tensor:

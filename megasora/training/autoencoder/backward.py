@@ -9,6 +9,7 @@ Ranks that share a clip each compute their part (`share.ClipShare`): parts of lo
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +22,15 @@ from megasora.models.autoencoders import losses
 from megasora.models.autoencoders.discriminator import ClipDiscriminator
 from megasora.models.autoencoders.losses import Perceptual
 from megasora.parallel.cuts import Cut
+from megasora.training.autoencoder.distillation import Distillation, Tap
 from megasora.training.autoencoder.network import TrainedNetwork
 from megasora.training.autoencoder.share import ClipShare
 
-MEASURED = ("objective", "pixels", "lpips", "kl", "generator", "balance", "discriminator", "logits_real", "logits_made")
-"""Numbers of a clip, in their order: objective is the weighted sum without the discriminator, pixels and lpips are means, kl is summed over
-the latent, balance is what the generator's loss was multiplied by."""
+AGAINST = ("generator", "balance", "discriminator", "logits_real", "logits_made")
+ALIGNED = ("cosine", "gram", "alignment_balance")
+MEASURED = ("objective", "pixels", "lpips", "kl", *AGAINST, *ALIGNED)
+"""Numbers of a clip, in their order: objective is the weighted sum without the discriminator and the teacher, pixels and lpips are means,
+kl is summed over the latent, balance is what the generator's loss was multiplied by, alignment_balance what cosine + gram was."""
 LPIPS_PIXELS = 8 * 256 * 256
 """Most pixels whose features are held at once: frames go through LPIPS in runs, which change nothing but the memory."""
 
@@ -53,10 +57,21 @@ class Losses:
     adversary: DiscriminatorConfig
     discriminator: ClipDiscriminator | None
     """None before it takes part."""
+    distillation: Distillation | None = None
+
+    def tapped(self) -> AbstractContextManager[Tap | None]:
+        """While the clip goes through the networks; None where no features are aligned."""
+        return nullcontext() if self.distillation is None else self.distillation.tapped()
 
 
 def backward_clip(
-    network: TrainedNetwork, levels: UInt8[Tensor, "3 T H W"], *, losses_of: Losses, draws: ClipDraws, share: float
+    network: TrainedNetwork,
+    levels: UInt8[Tensor, "3 T H W"],
+    *,
+    losses_of: Losses,
+    draws: ClipDraws,
+    share: float,
+    features: Tensor | None = None,
 ) -> Float[Tensor, " MEASURED"]:
     """Add `share` times the gradients of a clip's losses to the parameters; fp64 numbers, see `MEASURED`.
 
@@ -68,10 +83,13 @@ def backward_clip(
         losses_of: which losses.
         draws: the clip's keys.
         share: 1 / clips of the step.
+        features: the teacher's [D, t, h, w] of the clip; None asks it.
     """
     _, frames, height, width = levels.shape
     clip = _Clip(network, levels, losses_of, draws, network.share(num_frames=frames, height=height, width=width))
-    made = network.reconstruct(clip.real(clip.share.slab), clip.share, key=draws.posterior)
+    video = clip.real(clip.share.slab)
+    with losses_of.tapped() as tap:
+        made = network.reconstruct(video, clip.share, key=draws.posterior)
     pixels = made.pixels
     leaf = pixels.detach().to(torch.promote_types(pixels.dtype, torch.float32))
     settings = losses_of.settings
@@ -88,6 +106,9 @@ def backward_clip(
         outputs.append(kl)
         gradients.append(torch.full_like(kl, share * weight))
     torch.autograd.backward(outputs, gradients)
+    if losses_of.distillation is not None and tap is not None:
+        assert clip.share.ranks == 1, "validation refuses a teacher where ranks share a clip"
+        clip.said |= losses_of.distillation.backward(tap, video, share=share, features=features)
     if losses_of.discriminator is not None:
         clip.discern(losses_of.discriminator, share)
     clip.said["objective"] = objective

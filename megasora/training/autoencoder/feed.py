@@ -38,6 +38,8 @@ class OwnClip:
     """A clip of a step that this rank works on, alone or with the other ranks of its replica."""
 
     name: str
+    sample: int
+    """Its number among the planned clips."""
     shape: tuple[int, int, int]
     """Frames, height, width."""
     decoder: int
@@ -45,6 +47,8 @@ class OwnClip:
     levels: Tensor | str | None
     """uint8 [3, T, H, W] on the device, or why there is none; None where another rank decodes it."""
     draws: ClipDraws
+    features: Tensor | None = None
+    """A teacher's [D, t, h, w] on the device, where they are read from a cache."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -189,6 +193,7 @@ class ClipFeeder:
         """The replica's clip with this number, before it is decoded."""
         return OwnClip(
             name=clip.clip.id,
+            sample=plan.samples[place],
             shape=(clip.num_frames, clip.height, clip.width),
             decoder=number % self.context.replica.size(),
             levels=None,
