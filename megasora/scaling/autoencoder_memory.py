@@ -3,7 +3,7 @@ tensors, every allocation counted, beside the states whose bytes follow from the
 
 Of ranks that share clips it is the first, whose slab is the largest. Not counted: work space of convolutions and attention kernels (the
 library's choice; attention of HunyuanVideo's middle block is counted as torch composes it, with its scores), the library's own context,
-fragmentation, clips that a decoder on the GPU keeps ahead.
+fragmentation, clips that a decoder on the GPU keeps ahead, a distillation's teacher and projector.
 """
 
 from __future__ import annotations
