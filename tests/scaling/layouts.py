@@ -67,7 +67,7 @@ CASES = {
     "cp2": job(2, 0, 1, **CP2),
     "cp4 full uneven": job(4, 2, m=2, clips="drawn", samples=12, context_parallel_size=4, recompute="full"),
     "cp2 ring": job(2, 0, 1, **CP2, **RING),
-    "cp4 ring full uneven": job(4, 0, 1, 2, 3, clips="drawn", samples=12, context_parallel_size=4, recompute="full", **RING),
+    "cp4 ring full uneven": job(4, 0, 3, clips="drawn", samples=12, context_parallel_size=4, recompute="full", **RING),
     "cp4 both": job(4, 1, context_parallel_size=4, context_parallel_backend="ulysses_ring", ulysses_size=2),
     "pp2": job(2, 0, 1, m=3, **PP2),
     "pp4 dp2": job(8, 0, 3, 4, 7, m=6, **PP4),
