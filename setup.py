@@ -62,6 +62,7 @@ EXTRAS = {
         "webdataset",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "hypothesis",
         "beartype",
         "import-linter",

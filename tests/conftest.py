@@ -1,16 +1,34 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and how the suite shares out two cores."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.pool import RankPool
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is there; also of the processes that tests start: threads spin more than such shapes give them to do
+)
 
+from tests.pool import RankPool  # noqa: E402
+
+LONGEST = ("slurm", "recovery", "faults", "gpu_emulated", "scaling", "parallel", "examples")
+"""Folders that are begun first: a worker of pytest-xdist that came late to one of them would end it alone."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest folders first; files stay whole."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""A persistent pool of gloo ranks: importing torch and Megatron costs seconds, so one process of a pool does it, when a job first needs it,
-and the ranks are its forks.
+"""A persistent pool of gloo ranks: importing torch, Megatron and diffusers costs seconds, so one process of a pool does it, when a job
+first needs it, and the ranks are its forks.
 
 `pool.run(n, function, *args)` runs `function(rank, *args)` on ranks 0..n-1 as a world of n and returns their results in rank order.
 `function` is a module-level function of a test module; results and arguments are pickled over pipes.
@@ -23,7 +23,21 @@ from typing import Any
 import torch.multiprocessing as mp
 
 POOL_SIZE = 8
-TIMEOUT_S = 120.0
+IMPORTED = (
+    "pytest",
+    "pyarrow.parquet",
+    "megasora.data.tiny_clips",
+    "megasora.inference.forward",
+    "megasora.inference.sample",
+    "megasora.models.autoencoders.tiny",
+    "megasora.models.encoders.tiny",
+    "megasora.models.mmdit.build",
+    "megasora.training.autoencoder.run",
+    "megasora.training.encode.run",
+    "megasora.training.run",
+)
+"""What jobs load, and most of it a second or more: once, before the first fork."""
+TIMEOUT_S = 240.0
 
 
 class RankFailedError(RuntimeError):
@@ -48,20 +62,24 @@ def _seed(pipes: list[Connection], paths: list[str], prepare: tuple[str, str] | 
     import torch
 
     torch.set_num_threads(1)
-    from megasora.parallel import groups  # noqa: F401 - Megatron
     from megasora.parallel.cpu import enable_cpu_backend
 
     enable_cpu_backend()
+    for name in IMPORTED:
+        importlib.import_module(name)
     gc.freeze()  # what is imported stays; collections look at what jobs leave
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended ranks leave no zombies
     own, *of_ranks = pipes
     while True:
         try:
-            rank = own.recv()
+            order = own.recv()
         except EOFError:  # the parent died
             return
-        if rank is None:
+        if order is None:
             return
+        rank, module = order
+        with contextlib.suppress(Exception):  # the rank says so, when it imports it itself
+            importlib.import_module(module)
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             own.close()
@@ -126,8 +144,8 @@ class RankPool:
         """Process numbers of the ranks that are there."""
         self._seed: Any = None
 
-    def _start(self, world_size: int) -> None:
-        """Start the ranks that are not there yet."""
+    def _start(self, world_size: int, module: str) -> None:
+        """Start the ranks that are not there yet, for a job of a module."""
         if self._seed is None:
             context = mp.get_context("spawn")
             ours, theirs = zip(*(context.Pipe() for _ in range(1 + self.size)), strict=True)
@@ -139,12 +157,12 @@ class RankPool:
             self._orders, *self._pipes = ours
         for rank in range(world_size):
             if rank not in self._ranks:
-                self._orders.send(rank)
+                self._orders.send((rank, module))
                 self._ranks[rank] = self._pipes[rank].recv()
 
     def _send(self, world_size: int, function: Callable[..., Any], args: tuple[object, ...]) -> None:
         assert world_size <= self.size, f"the pool has at most {self.size} ranks"
-        self._start(world_size)
+        self._start(world_size, function.__module__)
         self._jobs += 1
         store = os.path.join(self._folder.name, f"store{self._jobs}")
         for pipe in self._pipes[:world_size]:
@@ -154,20 +172,24 @@ class RankPool:
         """Results of `function(rank, *args)` on each rank.
 
         Raises:
-            RankFailedError: a rank raised or did not answer in time; the pool cannot be used afterwards if others hang.
+            RankFailedError: a rank raised or did not answer in time; then all are new for the next job, which gets no late answer.
         """
         self._send(world_size, function, args)
         results: list[Any] = []
         failures: list[str] = []
+        silent = False
         for rank, pipe in enumerate(self._pipes[:world_size]):
             if not pipe.poll(5.0 if failures else self.timeout_s):
                 failures.append(f"rank {rank} did not answer")
+                silent = True
                 continue
             status, value = pipe.recv()
             if status == "ok":
                 results.append(value)
             else:
                 failures.append(f"rank {rank}:\n{value}")
+        if silent:
+            self._kill(world_size)
         if failures:
             raise RankFailedError("\n".join(failures))
         return results
@@ -186,16 +208,20 @@ class RankPool:
         ended = all(pipe.poll() for pipe in pipes)
         os.kill(self._ranks[victim], signal.SIGKILL)
         time.sleep(0.1)
+        self._kill(world_size)
+        return not ended
+
+    def _kill(self, world_size: int) -> None:
+        """End the first ranks at once, with what they still had to say."""
         for rank in range(world_size):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._ranks[rank], signal.SIGKILL)
-        for rank, pipe in enumerate(pipes):
+        for rank, pipe in enumerate(self._pipes[:world_size]):
             pid = self._ranks.pop(rank)
             while os.path.exists(f"/proc/{pid}"):
                 time.sleep(0.002)
             while pipe.poll():
                 pipe.recv()
-        return not ended
 
     def close(self) -> None:
         """End the ranks."""

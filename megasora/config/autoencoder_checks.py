@@ -183,6 +183,8 @@ def _data(config: AutoencoderRunConfig) -> Iterator[Problem]:
         )
     if data.batch_size < 1:
         yield Problem(field="data.batch_size", message=f"is {data.batch_size}", cure="use at least 1")
+    if data.max_frame_interval < 1:
+        yield Problem(field="data.max_frame_interval", message=f"is {data.max_frame_interval}", cure="use 1 or more; published: 8")
     if not 0 <= data.image_share <= 1:
         yield Problem(field="data.image_share", message=f"is {data.image_share}", cure="use 0 to 1; published: 0.2")
     if data.aspect == "square" and not data.resolution.endswith("px"):
@@ -219,6 +221,8 @@ def _numbers(config: AutoencoderRunConfig) -> Iterator[Problem]:
     evaluation = config.evaluation
     if evaluation.interval_steps < 0 or evaluation.max_clips < 1 or evaluation.shown_clips < 0:
         yield Problem(field="evaluation", message="has a negative number", cure="use 0 to turn it off")
+    if evaluation.weights == "ema" and config.optimizer.ema_decay == 0:
+        yield Problem(field="evaluation.weights", message="is ema, and no average is kept (optimizer.ema_decay 0)", cure="use model")
     try:
         profiled_steps(config.profile.steps)
     except (UserError, ValueError) as error:

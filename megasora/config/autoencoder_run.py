@@ -112,6 +112,9 @@ class AutoencoderDataConfig:
     """Allowed frame counts, longest first; a clip takes the longest that it fills."""
     target_fps: float = 24.0
     """Clips are strided by the smallest whole number that brings them to at most this rate (repo: fps_max)."""
+    max_frame_interval: int = 1
+    """Frames are taken 1 to this many strides apart, drawn for each clip each time, evenly among those that it is long enough for.
+    history: 8 for HunyuanVideo's (rand_sample_interval)."""
     temporal_start: Literal["first", "random"] = "random"
     """Where in a longer clip its frames begin."""
     decoder: Literal["auto", "pyav", "dali", "mixed"] = "auto"
@@ -161,6 +164,8 @@ class AutoencoderEvalConfig:
 
     interval_steps: int = 0
     """Steps between reconstructions of the held-out clips (PSNR, SSIM, and LPIPS where its weights are); 0 turns them off."""
+    weights: Literal["model", "ema"] = "model"
+    """Whose reconstructions: of the weights as they are trained, or of their moving average, which a run is usually used for."""
     max_clips: int = 16
     """Held-out clips that are measured."""
     shown_clips: int = 2

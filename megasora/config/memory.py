@@ -339,8 +339,10 @@ def _working_set(config: RunConfig, stage: int, tokens: int, *, samples: int) ->
             fetched = (place in offloaded) * kept + bool(offloaded and min(offloaded) < place) * (mode == "full") * one
             worst = max(worst, max(at_attention, at_output) + gathered + fetched - freed)
             freed += 0 if place in offloaded else kept
-            if place == len(modes) - 1 and _is_last(config, stage, chunk):
-                freed += 2 * one  # the final layer's
+            if offloaded and place == len(modes) - 1 and _is_last(config, stage, chunk):
+                freed += (
+                    2 * one
+                )  # the final layer's; where inputs are kept the last block is the worst, or a gathered one is (`_gathered_bytes`)
     if parallel.pipeline_model_parallel_size > 1:
         worst += (4 if parallel.num_model_chunks > 1 else 2) * one  # gradients received and on their way
     return worst

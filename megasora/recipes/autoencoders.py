@@ -145,10 +145,11 @@ def hunyuan_vae_finetune() -> AutoencoderRunConfig:
             batch_size=16,
             # history: 25 % images (HunyuanVideo's paper: 4 clips to an image)
             image_share=0.25,
-            # history: 33 frames of 256px, 1:1; its frame interval, drawn up to 8, is not drawn here
+            # history: 33 frames of 256px, 1:1, at an interval drawn up to 8
             resolution="256px",
             aspect="square",
             frame_counts=(33,),
+            max_frame_interval=8,
         ),
         # history: AE lr 5e-6, EMA 0.99
         optimizer=_adam(5e-6, ema_decay=0.99),

@@ -10,10 +10,15 @@ from typing import Any
 import torch
 
 from megasora import recipes
-from megasora.config.schema import ParallelConfig, RecoveryConfig, RunConfig
+from megasora.config.schema import ModelConfig, ParallelConfig, RecoveryConfig, RunConfig
 from megasora.training.run import train
 
 SMALL_STEPS = 10
+
+
+def smaller(model: ModelConfig) -> ModelConfig:
+    """The tiny recipe's model with two blocks of each kind, half as wide."""
+    return replace(model, num_double_blocks=2, num_single_blocks=2, hidden_size=64, ffn_hidden_size=256, axes_dim=(2, 2, 4))
 
 
 def tiny_run(run_dir: Path, *, steps: int, parallel: ParallelConfig, **changes: Any) -> RunConfig:
@@ -24,7 +29,7 @@ def tiny_run(run_dir: Path, *, steps: int, parallel: ParallelConfig, **changes: 
         run_dir=str(run_dir),
         device="cpu",
         parallel=parallel,
-        model=replace(config.model, num_double_blocks=2, num_single_blocks=2, hidden_size=64, ffn_hidden_size=256, axes_dim=(2, 2, 4)),
+        model=smaller(config.model),
         data=replace(config.data, **{"global_tokens": 300, **changes.pop("data", {})}),
         train=replace(config.train, steps=steps, tensorboard=False),
         evaluation=replace(config.evaluation, interval_steps=0),

@@ -22,6 +22,7 @@ from megasora.models.mmdit.build import build_chunks
 from megasora.models.mmdit.initialization import initialize_weights
 from megasora.parallel import groups
 from megasora.training.evaluation import EVAL_SEED, Evaluator, HeldOutLoss
+from tests.parallel.runs import smaller
 from tests.parallel.test_parity import layout
 from tests.pool import RankPool
 
@@ -32,15 +33,15 @@ class Measured:
 
     losses: tuple[HeldOutLoss, HeldOutLoss]
     """Of two evaluations."""
-    with_all_weights: HeldOutLoss
-    """Without the zeros that cond_in, the final layer and others start from."""
+    with_all_weights: HeldOutLoss | None
+    """Without the zeros that cond_in, the final layer and others start from; where it was asked for."""
     as_by_hand: bool
     """Whether every clip's tensors are, bit for bit, those that decoder and encoders give when called one after another."""
     failed: tuple[str, ...]
 
 
-def measure_on_rank(rank: int, config: RunConfig) -> Measured:
-    """Evaluate an untrained model twice."""
+def measure_on_rank(rank: int, config: RunConfig, all_weights: bool = False) -> Measured:
+    """Evaluate an untrained model twice, and once more with all weights."""
     device = torch.device("cpu")
     context = groups.initialize(config.parallel, device=device, num_attention_heads=config.model.num_attention_heads, seed=config.init.seed)
     manifest = read_manifest(str(config.data.eval_manifest))
@@ -62,14 +63,15 @@ def measure_on_rank(rank: int, config: RunConfig) -> Measured:
         return patchify(latent, patch=config.model.patch_size), text[0], vec[0]
 
     losses = (evaluator.measure(chunks, megatron_config), evaluator.measure(chunks, megatron_config))
-    with torch.no_grad():
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                if not parameter.any():  # cond_in and the final layer among them
-                    parameter.normal_(generator=torch.Generator().manual_seed(0))
+    if all_weights:
+        with torch.no_grad():
+            for chunk in chunks:
+                for parameter in chunk.parameters():
+                    if not parameter.any():  # cond_in and the final layer among them
+                        parameter.normal_(generator=torch.Generator().manual_seed(0))
     return Measured(
         losses=losses,
-        with_all_weights=evaluator.measure(chunks, megatron_config),
+        with_all_weights=evaluator.measure(chunks, megatron_config) if all_weights else None,
         as_by_hand=all(
             all(torch.equal(one, other) for one, other in zip((held.tokens, held.text, held.vec), by_hand(number), strict=True))
             for number, held in enumerate(evaluator.held_out)
@@ -86,15 +88,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     broken = folder / "clips" / "clip002.mp4"
     broken.write_bytes(broken.read_bytes()[:600])
     tiny = recipes.get("tiny")
+    tiny = replace(tiny, model=smaller(tiny.model))
     captions = [clip.text for clip in read_manifest(manifest).clips]
     encoders = make_tiny_encoders(folder / "encoders", captions=captions, model=tiny.model, base=tiny.encoders)
     return replace(tiny, device="cpu", encoders=encoders, data=replace(tiny.data, eval_manifest=str(manifest), temporal_start="random"))
 
 
+@pytest.fixture(scope="module")
+def alone(pool: RankPool, run: RunConfig) -> dict[str, Measured]:
+    """What one rank measures, by posterior."""
+    return {name: pool.run(1, measure_on_rank, with_posterior(run, name))[0] for name in ("mean", "sample")}
+
+
+def with_posterior(run: RunConfig, posterior: str) -> RunConfig:
+    return replace(run, encoders=replace(run.encoders, posterior=posterior))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("posterior", ["mean", "sample"])
-def test_every_evaluation_in_every_layout_gives_the_same_held_out_loss(pool: RankPool, run: RunConfig, posterior: str) -> None:
-    config = replace(run, encoders=replace(run.encoders, posterior=posterior))  # type: ignore[arg-type]
-    (one,) = pool.run(1, measure_on_rank, config)
+def test_every_evaluation_in_every_layout_gives_the_same_held_out_loss(
+    pool: RankPool, run: RunConfig, alone: dict[str, Measured], posterior: str
+) -> None:
+    config, one = with_posterior(run, posterior), alone[posterior]
     assert one.losses[0] == one.losses[1]
     assert one.as_by_hand
     assert one.failed == ("1",)
@@ -109,8 +123,9 @@ def test_every_evaluation_in_every_layout_gives_the_same_held_out_loss(pool: Ran
 def test_given_frames_are_what_tells_kinds_apart(pool: RankPool, run: RunConfig) -> None:
     # of 17, 9 and 1 frames; a still has no kind but t2v, and clips of 34 frames for v2v there are none
     config = replace(run, condition=ConditionConfig(t2v=0.0, i2v_head=1.0, i2v_loop=2.0, v2v_head=1.0))
-    (one,) = pool.run(1, measure_on_rank, config)
+    (one,) = pool.run(1, measure_on_rank, config, True)
     blind, measured = one.losses[0], one.with_all_weights
+    assert measured is not None
     assert list(measured.by_kind) == ["t2v", "i2v_head", "i2v_loop"]
     assert measured.by_kind["t2v"] == pytest.approx(measured.mean) == pytest.approx(measured.by_resolution["64px"])
     videos = {kind: loss for kind, loss in blind.by_kind.items() if kind != "t2v"}
@@ -118,7 +133,6 @@ def test_given_frames_are_what_tells_kinds_apart(pool: RankPool, run: RunConfig)
     assert measured.by_kind["i2v_head"] != pytest.approx(measured.by_kind["i2v_loop"], rel=1e-6)
 
 
-def test_the_posterior_setting_reaches_the_held_out_loss(pool: RankPool, run: RunConfig) -> None:
-    (mean,) = pool.run(1, measure_on_rank, run)
-    (drawn,) = pool.run(1, measure_on_rank, replace(run, encoders=replace(run.encoders, posterior="sample")))
-    assert all(drawn.losses[0].by_t[t] != mean.losses[0].by_t[t] for t in mean.losses[0].by_t)
+def test_the_posterior_setting_reaches_the_held_out_loss(alone: dict[str, Measured]) -> None:
+    mean, drawn = alone["mean"].losses[0], alone["sample"].losses[0]
+    assert all(drawn.by_t[t] != mean.by_t[t] for t in mean.by_t)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megasora import recipes
 from megasora.checkpoint.autoencoder import open_autoencoder
@@ -17,10 +17,12 @@ from megasora.checkpoint.autoencoder_export import export_autoencoder
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.schema import RecoveryConfig
 from megasora.data.tiny_clips import make_tiny_clips
+from megasora.models.lpips import expected_shapes
 from megasora.training.autoencoder.network import new_network
 from megasora.training.autoencoder.run import train_autoencoder
 from tests.parallel.shared_clips import SIZES
 from tests.pool import RankFailedError, RankPool
+from tests.unit.models.autoencoders.test_tiling import tiny_vae
 
 STEPS = 10
 
@@ -37,7 +39,9 @@ def small(run_dir: Path, clips: tuple[Path, Path], *, steps: int = STEPS, weight
         data=replace(
             config.data, manifest=str(clips[0]), eval_manifest=str(clips[1]), resolution="32px", batch_size=changes.pop("batch_size", 3)
         ),
-        evaluation=replace(config.evaluation, interval_steps=changes.pop("evaluate", 0), max_clips=2),
+        evaluation=replace(
+            config.evaluation, interval_steps=changes.pop("evaluate", 0), max_clips=2, weights=changes.pop("weights", "model")
+        ),
         checkpoint=replace(config.checkpoint, interval_steps=changes.pop("interval_steps", 0)),
         train=replace(config.train, steps=steps, tensorboard=False),
         optimizer=replace(config.optimizer, lr=5e-4),  # rounding grows by Adam's steps
@@ -62,9 +66,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def alone(pool: RankPool, clips: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten steps on one rank."""
+    """Ten steps on one rank; its average is measured."""
     run_dir = tmp_path_factory.mktemp("alone")
-    pool.run(1, train_on_rank, small(run_dir, clips, interval_steps=6, evaluate=5))
+    pool.run(1, train_on_rank, small(run_dir, clips, interval_steps=6, evaluate=5, weights="ema"))
     return run_dir
 
 
@@ -99,7 +103,7 @@ def test_a_run_goes_on_with_discriminator_and_optimizers_however_ranks_share_its
 ) -> None:
     pool.run(2, train_on_rank, sharing(small(tmp_path, clips, steps=6), 2))
     pool.run(3, train_on_rank, small(tmp_path, clips, steps=8))
-    pool.run(4, train_on_rank, sharing(small(tmp_path, clips, evaluate=5), 2))
+    pool.run(4, train_on_rank, sharing(small(tmp_path, clips, evaluate=5, weights="ema"), 2))
     assert_same_curve(tmp_path, alone)
     ours, theirs = records(tmp_path), records(alone)
     assert [event["step"] for record in ours for event in record["events"] if event["event"] == "restart"] == [6, 8]
@@ -135,11 +139,50 @@ def test_average_and_weights_become_a_folder(alone: Path, tmp_path: Path) -> Non
 def test_a_second_stage_starts_from_the_average_with_a_new_discriminator(
     pool: RankPool, clips: tuple[Path, Path], alone: Path, tmp_path: Path
 ) -> None:
-    config = small(tmp_path, clips, steps=1, batch_size=1)
+    config = small(tmp_path, clips, steps=1, batch_size=1, evaluate=5)
     pool.run(1, train_on_rank, replace(config, init=replace(config.init, run=str(alone))))
     (event,) = [event for event in records(tmp_path)[0]["events"] if event["event"] == "init"]
     assert event["weights"].endswith(f"step_{STEPS:08d}")
     assert event["select"] == "ema"
+    first, of_average = held_out_of(records(tmp_path))[0], held_out_of(records(alone))[-1]
+    assert (first["weights"], of_average["weights"]) == ("model", "ema")
+    assert first["psnr"] == pytest.approx(of_average["psnr"], rel=1e-6) and first["ssim"] == pytest.approx(of_average["ssim"], rel=1e-6)
+    assert of_average["psnr"] != held_out_of(records(alone))[0]["psnr"]
+
+
+@pytest.fixture(scope="module")
+def lpips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of LPIPS of VGG16, with random weights: of a size that keeps features' size (He's), and lin layers above 0."""
+    folder = tmp_path_factory.mktemp("lpips")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in expected_shapes("vgg").items():
+        std = (2 / torch.Size(shape[1:]).numel()) ** 0.5
+        tensors[name] = torch.rand(shape, generator=generator) if "lin" in name else torch.randn(shape, generator=generator) * std
+    save_file(tensors, folder / "vgg.safetensors")
+    return folder
+
+
+def test_hunyuan_s_is_trained_on_with_everything_at_once(pool: RankPool, clips: tuple[Path, Path], lpips: Path, tmp_path: Path) -> None:
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    recipe, like = recipes.get_autoencoder("hunyuan_vae_finetune"), small(tmp_path / "run", clips, steps=2, batch_size=2)
+    config = replace(
+        like,
+        recipe=recipe.recipe,
+        autoencoder=recipe.autoencoder,
+        loss=replace(recipe.loss, lpips=str(lpips)),
+        discriminator=replace(recipe.discriminator, width=4, num_layers=2),
+        data=replace(like.data, frame_counts=(5,), image_share=0.5, max_frame_interval=recipe.data.max_frame_interval),
+        init=replace(recipe.init, weights=str(tmp_path / "vae")),
+    )
+    pool.run(2, train_on_rank, sharing(config, 2))
+    ours = records(tmp_path / "run")
+    assert len(ours) == 2
+    for record in ours:
+        assert record["lpips"] > 0 and record["kl"] > 0 and 0 < record["discriminator"] < 10 and record["discriminator_norm"] > 0
+        # HunyuanVideo's paper: L1 + 0.1 LPIPS + 1e-6 KL; published scale: a frame's sum, a clip's sum of KL
+        told = 3 * 32 * 32 * (record["pixels"] + 0.1 * record["lpips"]) + 1e-6 * record["kl"]
+        assert record["loss"] == pytest.approx(told, rel=1e-6)
 
 
 def refused(pool: RankPool, config: AutoencoderRunConfig) -> str:

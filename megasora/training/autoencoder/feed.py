@@ -18,7 +18,7 @@ from torch import Tensor
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.errors import UserError
 from megasora.config.schema import ModelConfig
-from megasora.data.buckets import pixels_of
+from megasora.data.buckets import frame_span, num_starts, pixels_of
 from megasora.data.decoding.contract import DecodeError, Decoder, DecodeRequest
 from megasora.data.loader import ClipLoader
 from megasora.data.manifest import Clip, SkippedRow
@@ -85,6 +85,20 @@ def plan_training_clips(clips: Sequence[Clip], config: AutoencoderRunConfig) -> 
 def as_image(clip: PlannedClip) -> PlannedClip:
     """A clip's first frame alone."""
     return replace(clip, num_frames=1, span=None, grid=(1, *clip.grid[1:]))
+
+
+def spread_out(clip: PlannedClip, *, most: int, uniform: float) -> PlannedClip:
+    """A clip with its frames some strides apart.
+
+    Args:
+        clip: with its frames one stride apart.
+        most: strides.
+        uniform: number in (0, 1) that chooses evenly among 1 to the most that the clip is long enough for.
+    """
+    available, gaps = clip.clip.num_frames, clip.num_frames - 1
+    widest = max(1, min(most, (available - 1) // (gaps * clip.stride)))
+    stride = clip.stride * min(widest, 1 + int(uniform * widest))
+    return replace(clip, stride=stride, num_starts=num_starts(available, frame_span(clip.num_frames, stride)))
 
 
 class ClipFeeder:
@@ -193,7 +207,10 @@ class ClipFeeder:
         """The clip as it is taken this time: whole, or its first frame."""
         clip, share = self.clips[sample], self.config.data.image_share
         image = share > 0 and uniform(key=self._key(Stream.IMAGE, sample, epoch, step)) < share
-        return as_image(clip) if image and clip.num_frames > 1 else clip
+        if clip.num_frames == 1 or image:
+            return as_image(clip)
+        most = self.config.data.max_frame_interval
+        return clip if most == 1 else spread_out(clip, most=most, uniform=uniform(key=self._key(Stream.INTERVAL, sample, epoch, step)))
 
     def _request(self, clip: PlannedClip, sample: int, epoch: int, step: int) -> DecodeRequest:
         offset = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megasora.data.decoding.contract import normalise
 from megasora.media.likeness import psnr_of, ssim_of_frames
 from megasora.models.autoencoders.losses import Perceptual, perceptual_distance
 from megasora.parallel.groups import ParallelContext
+from megasora.training.autoencoder.averaged import averaged_weights
 from megasora.training.autoencoder.network import TrainedNetwork
 from megasora.training.autoencoder.share import ClipShare
 from megasora.training.autoencoder.step import AutoencoderTrainee
@@ -43,9 +45,14 @@ class Reconstruct:
         """At multiples of the interval, also before the first step, and at the end."""
         return last or step % self.settings.interval_steps == 0
 
-    @torch.no_grad()
     def happen(self, trainee: AutoencoderTrainee) -> dict[str, Any]:
         """Measure and show; means over clips, PSNR in dB of each clip's mean squared error."""
+        average = trainee.ema if self.settings.weights == "ema" else None
+        with averaged_weights(trainee.network.module, average) if average is not None else nullcontext():
+            return self._measure(trainee)
+
+    @torch.no_grad()
+    def _measure(self, trainee: AutoencoderTrainee) -> dict[str, Any]:
         context = self.context
         sums = torch.zeros(3, dtype=torch.float64, device=context.device)
         for number in range(context.at.dp, len(self.clips), context.topology.dp):
@@ -63,8 +70,18 @@ class Reconstruct:
         dist.all_reduce(sums)
         psnr, ssim, lpips = (sums / len(self.clips)).tolist()
         measured = {"psnr": psnr, "ssim": ssim, "lpips": lpips if trainee.lpips is not None else None}
-        said = f"step {trainee.step:>6}  held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f}" + (f", LPIPS {lpips:.4f}" if trainee.lpips else "")
-        return {"event": "reconstruct", "step": trainee.step, **measured, "clips": len(self.clips), "said": said}
+        of = " of the average" if self.settings.weights == "ema" else ""
+        said = f"step {trainee.step:>6}  held-out{of} PSNR {psnr:.2f} dB, SSIM {ssim:.4f}" + (
+            f", LPIPS {lpips:.4f}" if trainee.lpips else ""
+        )
+        return {
+            "event": "reconstruct",
+            "step": trainee.step,
+            "weights": self.settings.weights,
+            **measured,
+            "clips": len(self.clips),
+            "said": said,
+        }
 
 
 def reconstructed(network: TrainedNetwork, levels: Tensor) -> tuple[ClipShare, Tensor]:

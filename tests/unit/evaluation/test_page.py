@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ def opened(context: Any, page: Path, complaints: list[str]) -> Any:
     return tab
 
 
+def await_kept(profile: Path, text: str) -> None:
+    """Wait until a browser's storage on disk holds a text."""
+    deadline = time.monotonic() + 60
+    while not any(text.encode() in file.read_bytes() for file in (profile / "Default" / "Local Storage" / "leveldb").glob("*.log")):
+        assert time.monotonic() < deadline, f"{text} is not kept"
+        time.sleep(0.1)
+
+
 def test_votes_through_the_page_come_out_of_the_file(tmp_path: Path, chromium: Any) -> None:
     a, b = folders(tmp_path)
     page = tmp_path / "page"
@@ -109,6 +118,8 @@ def test_votes_through_the_page_come_out_of_the_file(tmp_path: Path, chromium: A
     tab.keyboard.press("2")
     tab.keyboard.press("0")
     assert tab.text_content("#count") == "pair 4 of 4, 3 voted"
+    tab.close()  # Chromium writes what a page keeps some seconds later, or once no page of its origin is open
+    await_kept(tmp_path / "profile", '"tie"')
     context.close()  # progress stays when the browser is closed and opened again
     context = chromium("launch_persistent_context", tmp_path / "profile", **profile)
     tab = opened(context, page / "index.html", complaints)
