@@ -81,7 +81,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megasora", "megasora.*"]),
-    package_data={"megasora": ["py.typed", "curation/*.j2", "evaluation/*.html", "scaling/study/*.html"]},
+    package_data={"megasora": ["py.typed", "curation/*.j2", "evaluation/*.html", "evaluation/autoencoders/*.html", "scaling/study/*.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megasora = megasora.cli:main"]},

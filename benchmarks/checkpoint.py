@@ -36,7 +36,8 @@ from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
 from megasora.training.guard import Guard
 from megasora.training.microbatch import TrainingSample, build_microbatch
-from megasora.training.optimizer import ensure_adam_state, refresh_masters
+from megasora.training.moments import moments_of
+from megasora.training.optimizer import ensure_adam_state, owned_shards, refresh_masters
 from megasora.training.state import optimizer_tensors
 from megasora.training.step import Trainee, build_trainee, train_step
 
@@ -106,9 +107,11 @@ def prepare(hidden: int) -> tuple[Callable[[], None], State, ParallelContext]:
         train_step(trainee, batch, config=config, context=context, guard=guard, stop=False)
 
     def tensors() -> dict[str, ShardedTensor]:
+        shards = list(owned_shards(trainee.optimizer))
+        averages = trainee.ema.averages if trainee.ema is not None else []
         return {
             **model_tensors(trainee.chunks, model=model, context=context),
-            **optimizer_tensors(trainee.chunks, trainee.optimizer, trainee.ema, model=model, context=context),
+            **optimizer_tensors(trainee.chunks, shards, moments=moments_of(shards), averages=averages, model=model, context=context),
         }
 
     return step, tensors, context

@@ -52,9 +52,9 @@ class Clip:
     vec: torch.Tensor
 
 
-def clips() -> list[Clip]:
+def clips(seed: int = SEED) -> list[Clip]:
     """Four clips whose tokens change smoothly along the sequence, so that there is something to learn beside their mean."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     found = []
     for shape in SHAPES:
         steps = torch.randn(shape.video_tokens, MODEL.in_channels, generator=generator)
@@ -69,14 +69,14 @@ def clips() -> list[Clip]:
     return found
 
 
-def batches(steps: int, *, fp8: str, dtype: torch.dtype, device: torch.device) -> Iterator[MicroBatch]:
+def batches(steps: int, *, fp8: str, dtype: torch.dtype, device: torch.device, seed: int = SEED) -> Iterator[MicroBatch]:
     """One pack of all clips a step; noise and time are functions of (clip, step), as in a run."""
     pack = Pack(list(SHAPES), split=PackSplit(row_multiple=FP8_ROW_MULTIPLE[fp8]), device=device)
-    fixed = clips()
+    fixed = clips(seed)
     for step in range(steps):
 
         def key(stream: Stream, clip: int, step: int = step) -> int:
-            return key_of(seed=SEED, stream=stream, epoch=0, sample=clip, step=step)
+            return key_of(seed=seed, stream=stream, epoch=0, sample=clip, step=step)
 
         samples = [
             TrainingSample(
@@ -92,7 +92,15 @@ def batches(steps: int, *, fp8: str, dtype: torch.dtype, device: torch.device) -
         yield build_microbatch(pack, samples, sigma_min=1e-5, dtype=dtype, first_stage=True, last_stage=True)
 
 
-def loss_curve(precision: PrecisionConfig, *, steps: int, context: ParallelContext, nudge_seed: int | None = None) -> list[float]:
+def loss_curve(
+    precision: PrecisionConfig,
+    *,
+    steps: int,
+    context: ParallelContext,
+    nudge_seed: int | None = None,
+    seed: int = SEED,
+    anneal: bool = False,
+) -> list[float]:
     """Mean loss of each step, on one rank.
 
     Args:
@@ -100,10 +108,12 @@ def loss_curve(precision: PrecisionConfig, *, steps: int, context: ParallelConte
         steps: how many.
         context: a world of one rank.
         nudge_seed: draws a change of the first weights by about one rounding of bf16 (2^-9 of each); None changes nothing.
+        seed: of clips, first weights, noise and times.
+        anneal: the rate falls to 0 in a line over the last half.
     """
     parallel = ParallelConfig()
     chunks, config = build_chunks(MODEL, parallel, precision, context=context)
-    initialize_weights(chunks, model=MODEL, context=context, seed=SEED)
+    initialize_weights(chunks, model=MODEL, context=context, seed=seed)
     if nudge_seed is not None:
         generator = torch.Generator().manual_seed(nudge_seed)
         for parameter in chunks[0].parameters():
@@ -113,7 +123,9 @@ def loss_curve(precision: PrecisionConfig, *, steps: int, context: ParallelConte
     refresh_masters(optimizer)
     ensure_adam_state(optimizer, step=0)
     losses = []
-    for batch in batches(steps, fp8=precision.fp8, dtype=config.params_dtype, device=context.device):
+    for step, batch in enumerate(batches(steps, fp8=precision.fp8, dtype=config.params_dtype, device=context.device, seed=seed)):
+        for group in optimizer.param_groups if anneal else ():
+            group["lr"] = OPTIMIZER.lr * min(1.0, 2 * (1 - step / steps))
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()

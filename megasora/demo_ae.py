@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megasora.checkpoint.autoencoder import open_autoencoder
 from megasora.checkpoint.autoencoder_export import export_autoencoder
 from megasora.config.autoencoder_run import AutoencoderInitConfig
 from megasora.config.errors import UserError
+from megasora.data.decoding.contract import normalise
 from megasora.data.decoding.pyav import PyAVDecoder
 from megasora.data.decoding.writer import write_video
 from megasora.data.manifest import read_manifest
@@ -26,7 +26,8 @@ from megasora.data.plan import request_of
 from megasora.demo import cut_clips, launch, say
 from megasora.recipes import get_autoencoder
 from megasora.training.autoencoder.feed import plan_training_clips
-from megasora.training.autoencoder.network import TrainedNetwork, new_network
+from megasora.training.autoencoder.network import new_network
+from megasora.training.autoencoder.reconstruct import reconstructed
 
 RANKS = 2
 LEAST_RISE_DB = 6.0
@@ -62,9 +63,12 @@ def main() -> None:
     except UserError as error:
         print(f"demo-ae: error: {error}", file=sys.stderr)
         sys.exit(2)
+    trained = recipe.data
+    shapes = f"--sizes {trained.resolution.removesuffix('px')} --frames 1,{max(trained.frame_counts)} --fps {trained.target_fps:g}"
     print(
         f"\ndone in {time.time() - started:.0f} s\n  curves:      tensorboard --logdir {run_dir / 'tensorboard'}\n"
-        f"  clip:        {clip} (the clip, from random weights, from trained ones)\n  autoencoder: {folder}"
+        f"  clip:        {clip} (the clip, from random weights, from trained ones)\n  autoencoder: {folder}\n"
+        f"  measure it:  megasora evaluate ae {folder} --clips {held_out} {shapes} --out {root / 'measured'}"
     )
 
 
@@ -100,15 +104,11 @@ def side_by_side(held_out: Path, folder: Path, path: Path) -> Path:
     after = new_network(config.autoencoder, weights=str(folder), load=True, seed=0)
     clips, _ = plan_training_clips(read_manifest(str(held_out)).clips, config)
     decoder = PyAVDecoder()
-    shown = [decoder.decode(request_of(clip)) for clip in clips]
-    rows = [torch.cat([video, *(_made(network, video) for network in (before, after))], dim=3) for video in shown]
+    shown = [decoder.pixels(request_of(clip)) for clip in clips]
+    rows = [torch.cat([normalise(levels), *(reconstructed(network, levels)[1] for network in (before, after))], dim=3) for levels in shown]
     whole = torch.cat(rows, dim=1).repeat_interleave(ENLARGED, 2).repeat_interleave(ENLARGED, 3)
     write_video(path, whole, fps=6.0)
     return path
-
-
-def _made(network: TrainedNetwork, video: Tensor) -> Tensor:
-    return network.reconstruct(video, key=None).pixels.clamp(-1, 1)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ Sections, in order of importance (`worker.sections_of` makes them):
   curves     200 steps of training on the same data, bf16 and FP8 side by side
   encoders   VAE and T5-XXL with random weights
   memory     bytes of a step against what validate says, and the time of each way of recomputing
+  offload    blocks recomputed in full, their inputs on the GPU or in host memory, and the link alone
+  states     the optimizer's step with moments in bf16 and fp16
+  autoencoder the video DC-AE with random weights: encode, decode, a step of training
   evaluation one evaluation of the whole model as sampling makes it
   commands   train, restart, sample and encode as a user gives them, losses beside the CPU's
   ring       chunk attention with log-sum-exp merge against whole attention, forward and backward
@@ -46,6 +49,9 @@ NAMES = (
     "curves",
     "encoders",
     "memory",
+    "offload",
+    "states",
+    "autoencoder",
     "evaluation",
     "commands",
     "ring",

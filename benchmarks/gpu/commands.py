@@ -33,6 +33,8 @@ HEADS_OF_128 = ["--model.hidden_size", "256", "--model.num_attention_heads", "2"
 HEADS_OF_128 += ["--model.axes_dim", "16", "56", "56"]
 """The tiny recipe with heads of the 11.9 B model's size, for which all attention kernels exist."""
 BF16, FP8 = ["--precision.dtype", "bf16"], ["--precision.dtype", "bf16", "--precision.fp8", "tensorwise"]
+OFFLOAD = ["--parallel.recompute", "full", "--parallel.offload", "inputs"]
+MOMENTS = ["--optimizer.exp_avg_dtype", "bf16", "--optimizer.exp_avg_sq_dtype", "fp16", "--optimizer.eps", "1e-8"]
 
 HIDES_TRANSFORMER_ENGINE = """
 import sys
@@ -77,6 +79,8 @@ COMMANDS = (
     _train("gpu_bf16", "cuda", *HEADS_OF_128, *BF16, same_as="cpu_fp32"),
     _train("gpu_fp8", "cuda", *HEADS_OF_128, *FP8, same_as="gpu_bf16"),
     _train("gpu_bf16_recompute", "cuda", *HEADS_OF_128, *BF16, "--parallel.recompute", "full", same_as="gpu_bf16"),
+    _train("gpu_bf16_offload", "cuda", *HEADS_OF_128, *BF16, *OFFLOAD, same_as="gpu_bf16"),
+    _train("gpu_bf16_moments", "cuda", *HEADS_OF_128, *BF16, *MOMENTS),
     _train("gpu_bf16_zero2", "cuda", *HEADS_OF_128, *BF16, *_sharded(2), same_as="gpu_bf16"),
     _train("gpu_bf16_zero3", "cuda", *HEADS_OF_128, *BF16, *_sharded(3), same_as="gpu_bf16"),
     _train("gpu_bf16_heads_of_16", "cuda", *BF16),
@@ -84,6 +88,7 @@ COMMANDS = (
     _train("gpu_fp8_again", "cuda", *HEADS_OF_128, *FP8, goes_on_from="gpu_fp8", same_as="gpu_fp8"),
     _train("cpu_bf16_from_gpu_bf16", "cpu", *HEADS_OF_128, *BF16, goes_on_from="gpu_bf16", same_as="gpu_bf16"),
     _train("gpu_bf16_zero2_again", "cuda", *HEADS_OF_128, *BF16, *_sharded(2), goes_on_from="gpu_bf16_zero2", same_as="gpu_bf16_zero2"),
+    _train("gpu_bf16_moments_again", "cuda", *HEADS_OF_128, *BF16, *MOMENTS, goes_on_from="gpu_bf16_moments", same_as="gpu_bf16_moments"),
     Command(
         name="sample",
         needs="gpu_bf16",
@@ -96,6 +101,12 @@ COMMANDS = (
         words=["sample", "{root}/gpu_fp8/config.yaml", "--weights", "{root}/gpu_fp8/checkpoints/" + LAST]
         + ["--prompt", "A test card", "--output", "{root}/clips_fp8", "--steps", "4", "--offload", "model"],
     ),
+    Command(
+        name="train_ae",
+        words=["train-ae", "tiny_ae", "--run_dir", "{root}/train_ae", "--device", "cuda", "--train.steps", str(STEPS)]
+        + ["--data.decoder", "pyav", "--train.no-tensorboard"],
+    ),
+    Command(name="calibrate", words=["study", "calibrate", "opensora2_stage1", "--device", "cuda", "--output", "{root}/profile.yaml"]),
     Command(name="encode", needs="gpu_bf16", words=["data", "encode", "{root}/gpu_bf16/config.yaml", "--output", "{root}/cache"]),
 )
 

@@ -25,7 +25,7 @@ def encoder_cases(setup: Setup) -> Iterator[Case]:
     yield Case(labels={"encoder": "T5", "input": f"{prompts} x {tokens}"}, measure=lambda: _t5(setup, prompts, tokens))
 
 
-def _on_device(setup: Setup, make: Any) -> Any:
+def random_model(setup: Setup, make: Any) -> Any:
     """A model whose random weights are drawn in bf16 on the device (fp32 on a CPU)."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if setup.on_gpu else torch.float32)
@@ -45,11 +45,11 @@ def _vae(setup: Setup, frames: int, side: int) -> Row:
     except ImportError as error:
         raise LeftOutError(f"no {error.name}") from error
     size: dict[str, Any] = VAE_SMALL if setup.small else {}
-    vae = Autoencoder(HunyuanNetwork(_on_device(setup, lambda: AutoencoderKLHunyuanVideo(**size))), tiling=None)
+    vae = Autoencoder(HunyuanNetwork(random_model(setup, lambda: AutoencoderKLHunyuanVideo(**size))), tiling=None)
     video = torch.rand(3, frames, side, side, device=setup.device) * 2 - 1
     times = timed(setup, lambda: vae.posterior(video), warm=1, repeats=5, seconds=10)
     median = statistics.median(times)
-    return {"dtype": str(vae.dtype), "ms": 1e3 * median, "frames_per_s": frames / median, "peak_gib": _peak(setup)}
+    return {"dtype": str(vae.dtype), "ms": 1e3 * median, "frames_per_s": frames / median, "peak_gib": peak_gib(setup)}
 
 
 def _t5(setup: Setup, prompts: int, tokens: int) -> Row:
@@ -58,7 +58,7 @@ def _t5(setup: Setup, prompts: int, tokens: int) -> Row:
     except ImportError as error:
         raise LeftOutError(f"no {error.name}") from error
     config = T5Config(**(T5_SMALL if setup.small else T5_XXL), feed_forward_proj="gated-gelu", dropout_rate=0.0)
-    model = _on_device(setup, lambda: T5EncoderModel(config))
+    model = random_model(setup, lambda: T5EncoderModel(config))
     ids = torch.randint(3, config.vocab_size, (prompts, tokens), device=setup.device)
 
     @torch.no_grad()
@@ -67,8 +67,9 @@ def _t5(setup: Setup, prompts: int, tokens: int) -> Row:
 
     times = timed(setup, step, warm=1, repeats=8, seconds=5)
     median = statistics.median(times)
-    return {"dtype": str(model.dtype), "ms": 1e3 * median, "tokens_per_s": prompts * tokens / median, "peak_gib": _peak(setup)}
+    return {"dtype": str(model.dtype), "ms": 1e3 * median, "tokens_per_s": prompts * tokens / median, "peak_gib": peak_gib(setup)}
 
 
-def _peak(setup: Setup) -> float | None:
+def peak_gib(setup: Setup) -> float | None:
+    """Most memory since the case began, on a GPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if setup.on_gpu else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu.rig import Load, Setup, build, fill_on_device, gap, timed
 from benchmarks.gpu.table import Case, Row
-from megasora.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megasora.config.schema import ModelConfig, MomentDtype, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megasora.models.mmdit.kernels.composed import COMPOSED
 from megasora.models.mmdit.kernels.contract import Kernels
 from megasora.models.mmdit.kernels.fused import FUSED
@@ -20,7 +20,8 @@ from megasora.models.mmdit.kernels.operators import BYTES_MOVED
 from megasora.parallel.attention_kernels import KernelName, choose_kernel
 from megasora.parallel.pack import Pack, PackSplit, Rows, Runs
 from megasora.perf.memory_traffic import MemoryTraffic
-from megasora.training.optimizer import build_optimizer, ensure_adam_state, refresh_masters, wrap_for_training
+from megasora.training.moments import MOMENTS
+from megasora.training.optimizer import build_optimizer, ensure_adam_state, owned_shards, refresh_masters, wrap_for_training
 
 EPS = 1e-6
 ADAM_BYTES = 4 + 30
@@ -215,27 +216,50 @@ def _attention(setup: Setup, load: Load, name: KernelName, *, backward: bool) ->
 
 def adam_cases(setup: Setup) -> Iterator[Case]:
     """Half the stack's parameters on one rank: on more, each holds its part."""
+    model = _half(setup)
+    labels: Row = {"blocks": f"{model.num_double_blocks} + {model.num_single_blocks}"}
+    yield Case(labels=labels, measure=lambda: _adam(setup, model, OptimizerConfig(lr=1e-4)))
+
+
+def state_cases(setup: Setup) -> Iterator[Case]:
+    """The same with moments in each format."""
+    model = _half(setup)
+    formats: tuple[tuple[MomentDtype, MomentDtype], ...] = (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp16"), ("fp16", "fp16"))
+    for first, second in formats:
+
+        def measure(first: MomentDtype = first, second: MomentDtype = second) -> Row:
+            settings = OptimizerConfig(lr=1e-4, beta2=0.99, eps=1e-8, exp_avg_dtype=first, exp_avg_sq_dtype=second)
+            return _adam(setup, model, settings)
+
+        yield Case(labels={"exp_avg": first, "exp_avg_sq": second}, measure=measure)
+
+
+def _half(setup: Setup) -> ModelConfig:
     model = setup.model
     blocks = {"num_double_blocks": max(1, model.num_double_blocks // 2), "num_single_blocks": model.num_single_blocks // 2}
-    model = replace(model, **blocks)  # type: ignore[arg-type]
-    labels: Row = {"blocks": f"{model.num_double_blocks} + {model.num_single_blocks}"}
-    yield Case(labels=labels, measure=lambda: _adam(setup, model))
+    return replace(model, **blocks)  # type: ignore[arg-type]
 
 
-def _adam(setup: Setup, model: ModelConfig) -> Row:
+def _adam(setup: Setup, model: ModelConfig, settings: OptimizerConfig) -> Row:
     chunk, config = build(setup, model, PrecisionConfig(dtype="bf16"))
     fill_on_device(chunk)
     wrapped = wrap_for_training([chunk], config=config, parallel=ParallelConfig(), context=setup.context)
-    optimizer: Any = build_optimizer(wrapped, optimizer=OptimizerConfig(lr=1e-4), dtype=config.params_dtype)
+    optimizer: Any = build_optimizer(wrapped, optimizer=settings, dtype=config.params_dtype)
     refresh_masters(optimizer)
     ensure_adam_state(optimizer, step=0)
     for parameter in chunk.parameters():
         parameter.main_grad.normal_(std=1e-4)  # type: ignore[attr-defined]
+    number = sum(parameter.numel() for parameter in chunk.parameters())
+    held = torch.cuda.memory_allocated() if setup.on_gpu else 0
     times = timed(setup, optimizer.step, warm=2, repeats=10, seconds=5)
-    median, number = statistics.median(times), sum(parameter.numel() for parameter in chunk.parameters())
+    beyond = (torch.cuda.max_memory_allocated() - held) / number if setup.on_gpu else None
+    moments = sum(shard.state[name].nbytes for shard in owned_shards(optimizer) for name in MOMENTS)
+    median = statistics.median(times)
     return {
         "optimizer": type(getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer).__module__,
         "parameters": number,
+        "moment_bytes_each": moments / number,
+        "more_bytes_in_a_step_each": beyond,
         "ms": 1e3 * median,
         "ms_min": 1e3 * min(times),
         "gb_computed": ADAM_BYTES * number / 1e9,

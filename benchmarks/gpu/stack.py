@@ -125,14 +125,20 @@ def _count(block: str, kernels: str, load: Load, model: ModelConfig) -> block_by
 
 
 def trace_cases(setup: Setup) -> Iterator[Case]:
-    """Two steps of bf16 with Triton's kernels at 256px."""
+    """Two steps with Triton's kernels at 256px, in bf16 and FP8."""
     load = setup.loads[0]
-    yield Case(labels={"size": load.name, "tokens": load.tokens}, measure=lambda: _trace(setup, load))
+    recipes: tuple[Fp8, ...] = ("none", "tensorwise")
+    for fp8 in recipes:
+
+        def measure(fp8: Fp8 = fp8) -> list[Row]:
+            return _trace(setup, load, fp8)
+
+        yield Case(labels={"size": load.name, "tokens": load.tokens, "fp8": fp8}, measure=measure)
 
 
-def _trace(setup: Setup, load: Load) -> list[Row]:
+def _trace(setup: Setup, load: Load, fp8: Fp8) -> list[Row]:
     setup.need_cuda()
-    precision = PrecisionConfig(dtype="bf16", kernels="triton")
+    precision = PrecisionConfig(dtype="bf16", kernels="triton", fp8=fp8)
     doubles, singles = max(1, setup.model.num_double_blocks // 2), setup.model.num_single_blocks // 2
     model = replace(setup.model, num_double_blocks=doubles, num_single_blocks=singles)
     step = stack_step(setup, model, load, precision)

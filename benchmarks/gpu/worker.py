@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from benchmarks.gpu.autoencoders import autoencoder_cases
 from benchmarks.gpu.blocks import arguments_of
 from benchmarks.gpu.checks import curve_cases, decode_cases, parity_cases, ring_cases
 from benchmarks.gpu.commands import command_cases
 from benchmarks.gpu.encoders import encoder_cases
 from benchmarks.gpu.evaluation import evaluation_cases
-from benchmarks.gpu.memory import memory_cases
-from benchmarks.gpu.operations import adam_cases, attention_cases, kernel_cases
+from benchmarks.gpu.memory import memory_cases, offload_cases
+from benchmarks.gpu.operations import adam_cases, attention_cases, kernel_cases, state_cases
 from benchmarks.gpu.rig import Setup, clear, versions
 from benchmarks.gpu.stack import speed_cases, trace_cases
 from benchmarks.gpu.table import Case, Section, Table, run_sections
@@ -45,7 +46,7 @@ def sections_of(setup: Setup, videos: list[Path]) -> dict[str, Section]:
             adam_cases,
         ),
         "trace": (
-            "bf16, Triton's kernels, half the stack; kinds by kernels' names, share of the time between first and last.",
+            "Triton's kernels, half the stack, bf16 and FP8; kinds by kernels' names, share of the time between first and last.",
             trace_cases,
         ),
         "curves": ("Losses on new data in every step, in full in blocks.json; last: mean of the last ten.", curve_cases),
@@ -54,6 +55,16 @@ def sections_of(setup: Setup, videos: list[Path]) -> dict[str, Section]:
             "Beyond weights, gradients and inputs: what the forward pass keeps, and the most of a step. Computed: config/memory.py.",
             memory_cases,
         ),
+        "offload": (
+            "Every block recomputed in full; inputs: what they keep is in page-locked host memory. As in memory; the copies are of one "
+            "block's inputs, nothing beside them.",
+            offload_cases,
+        ),
+        "states": (
+            "As in adam; bytes a parameter: of both moments, and what a step takes beyond what is held. gb_per_s as if moments were fp32.",
+            state_cases,
+        ),
+        "autoencoder": ("Random weights of the published sizes (bf16); train: forward and backward, stages recomputed.", autoencoder_cases),
         "evaluation": (
             "The whole 11.9 B model with random weights, one clip, forward only; 50 steps: 100 such evaluations, nothing else. Published "
             "(hpcaitech/Open-Sora README, text-to-video, 50 steps, one H100 or H800, all in): 60 s at 256px, 1656 s at 768px.",

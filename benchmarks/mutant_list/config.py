@@ -53,8 +53,8 @@ MUTANTS = (
     Mutant(
         "optimizer's memory not shared out",
         "megasora/config/memory.py",
-        "own * (8 if own_master else 12) / shards",
-        "own * (8 if own_master else 12)",
+        "own * (moments + (0 if own_master else 4)) / shards",
+        "own * (moments + (0 if own_master else 4))",
         CONFIG,
     ),
     Mutant(

@@ -44,8 +44,8 @@ MUTANTS = (
     Mutant(
         "a posterior always draws the first elements",
         "megasora/models/autoencoders/posterior.py",
-        "torch.arange(first_element, first_element + math.prod(shape)",
-        "torch.arange(math.prod(shape)",
+        "numbered(self.mean.shape, device=self.mean.device) + first_element",
+        "numbered(self.mean.shape, device=self.mean.device)",
         ENCODERS,
     ),
     Mutant(
@@ -359,6 +359,20 @@ MUTANTS = (
         "(2.0 / (fan_in + fan_out)) ** 0.5",
         "(2.0 / (fan_in + fan_out))",
         LAYOUT,
+    ),
+    Mutant(
+        "inputs copied to the host before they are computed",
+        "megasora/models/mmdit/offload.py",
+        "        stream.wait_stream(torch.cuda.current_stream(self._device))\n",
+        "",
+        ("tests/unit/models/mmdit/test_offload.py",),
+    ),
+    Mutant(
+        "an offloaded block does not wait for its inputs",
+        "megasora/models/mmdit/offload.py",
+        "        self.fetch()\n        self._wait()\n",
+        "        self.fetch()\n",
+        ("tests/unit/models/mmdit/test_offload.py",),
     ),
     Mutant(
         "recompute counts swapped",

@@ -32,6 +32,7 @@ FP8_RUN = ("tests/gpu_emulated/test_runs.py::test_training_evaluation_and_sampli
 SCHEDULE = ("tests/published/test_schedule.py",)
 PROMPTS = ("tests/published/test_prompts.py",)
 TILING = ("tests/unit/models/autoencoders/test_tiling.py",)
+SHARED = ("tests/parallel/test_train_ae_shared.py",)
 SLABS = ("tests/parallel/test_autoencoder_slabs.py",)
 DC_AE = ("tests/unit/models/autoencoders/test_dc_ae.py", "tests/unit/models/autoencoders/test_dc_ae_golden.py")
 WINDOWS = ("tests/unit/models/autoencoders/test_windows.py",)

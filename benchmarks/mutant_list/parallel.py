@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant_list.mutant import (
     MEETING,
     PACK,
+    SHARED,
     Mutant,
     parity_test,
 )
@@ -87,5 +88,40 @@ MUTANTS = (
         'if call["heard"].get(str(rank)) == words:',
         'if str(rank) in call["heard"]:',
         MEETING,
+    ),
+    Mutant(
+        "a shared clip's loss is the mean of each slab",
+        "megasora/training/autoencoder/backward.py",
+        "distance=settings.distance, elements=share.elements)",
+        "distance=settings.distance)",
+        SHARED,
+    ),
+    Mutant(
+        "the adaptive weight of a slab's own gradients",
+        "megasora/training/autoencoder/backward.py",
+        "*share.total(torch.stack(parts))",
+        "*torch.stack(parts)",
+        SHARED,
+    ),
+    Mutant(
+        "a slab of frames draws dropout from its own first frame",
+        "megasora/models/autoencoders/discriminator.py",
+        "sample=frame + number)",
+        "sample=number)",
+        SHARED,
+    ),
+    Mutant(
+        "patches of odd sides are rounded down",
+        "megasora/training/autoencoder/share.py",
+        "count *= -(-side // unit)",
+        "count *= side // unit",
+        SHARED,
+    ),
+    Mutant(
+        "a slab's posterior draws the noise of the first",
+        "megasora/training/autoencoder/share.py",
+        "elements if self.slabs is None else self.slabs.split(elements)",
+        "elements if self.slabs is None else elements[tuple(slice(0, side) for side in posterior.mean.shape)]",
+        SHARED,
     ),
 )

@@ -196,6 +196,13 @@ MUTANTS = (
     Mutant("what was made ahead is used before it is ready", "megasora/training/ahead.py", "        stream.wait_event(ready)\n", "", AHEAD),
     Mutant("memory made ahead is used again too early", "megasora/training/ahead.py", "tensor.record_stream(stream)", "del tensor", AHEAD),
     Mutant(
+        "an fp16 moment takes the scale that its largest gives",
+        "megasora/training/moments.py",
+        "_NEIGHBOURS = 2",
+        "_NEIGHBOURS = 0",
+        ("tests/gpu_emulated/test_moments.py::test_widened_moments_narrow_to_the_same_bits",),
+    ),
+    Mutant(
         "overlap is on without replicas",
         "megasora/training/optimizer.py",
         "by_itself = on_cuda and replicas > 1",
@@ -207,7 +214,7 @@ MUTANTS = (
         "megasora/training/microbatch.py",
         "torch.full((), counted, dtype=torch.int32, device=output.device)",
         "torch.tensor(counted, dtype=torch.int32, device=output.device)",
-        ("tests/gpu_emulated/test_host_waits.py::test_a_step_waits_only_where_it_must[one rank, recompute]",),
+        ("tests/gpu_emulated/test_host_waits.py::test_a_step_waits_only_where_it_must[one rank, recompute, offload]",),
     ),
     Mutant(
         "a filler pack counts",

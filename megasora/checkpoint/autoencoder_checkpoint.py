@@ -5,7 +5,6 @@ Masters and averages lie there flat, each parameter one run over all ranks; here
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,25 +24,30 @@ class ShapedReader:
 
     Args:
         flat: where they lie.
-        shapes: theirs.
+        shaped: the others.
+        frozen: what the names begin with that have no flat tensors, for they were not trained; the others are read. Empty: none.
     """
 
-    def __init__(self, flat: MegatronReader, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.flat, self.shapes = flat, shapes
+    def __init__(self, flat: MegatronReader, shaped: MegatronReader, *, frozen: tuple[str, ...] = ()) -> None:
+        self.flat, self.shaped, self.frozen = flat, shaped, frozen
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Every tensor."""
-        return {key: replace(info, shape=self.shapes[key]) for key, info in self.flat.infos.items()}
+        found = {key: replace(info, shape=self.shaped.infos[key].shape) for key, info in self.flat.infos.items()}
+        return found | {key: info for key, info in self.shaped.infos.items() if key.startswith(self.frozen) and key not in found}
 
     def rows(self, key: str) -> Rows:
         """A tensor's bytes."""
         info = self.infos[key]
-        return self.flat.rows(key).reshape(info.num_rows, info.row_bytes)
+        return self._reader(key).rows(key).reshape(info.num_rows, info.row_bytes)
 
     def release(self, key: str) -> None:
         """Let the tensor's pages go."""
-        self.flat.release(key)
+        self._reader(key).release(key)
+
+    def _reader(self, key: str) -> MegatronReader:
+        return self.flat if key in self.flat.infos else self.shaped
 
 
 def open_parameters(path: Path, *, select: Select = "model") -> tuple[dict[str, Any], ShapedReader]:
@@ -64,5 +68,6 @@ def open_parameters(path: Path, *, select: Select = "model") -> tuple[dict[str, 
         raise UserError(f"{path} holds no EMA; use --select model")
     part = "model" if select == "master" and state["dtype"] == "fp32" else select
     model = MegatronReader(path, prefix="model.")
-    shapes = {key: info.shape for key, info in model.infos.items()}
-    return state, ShapedReader(model if part == "model" else MegatronReader(path, prefix=f"{part}."), shapes)
+    flat = model if part == "model" else MegatronReader(path, prefix=f"{part}.")
+    distillation = state.get("distillation") or {}
+    return state, ShapedReader(flat, model, frozen=("decoder.",) if distillation.get("trained") == "encoder" else ())

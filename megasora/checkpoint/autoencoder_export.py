@@ -26,6 +26,7 @@ from megasora.config.dc_ae import CLASS_NAME, WEIGHTS_FILE, DCAEConfig
 from megasora.config.errors import UserError
 from megasora.config.files import refuse_existing, written_whole
 from megasora.config.io import to_dict
+from megasora.config.latent_statistics import KEY as LATENTS
 
 SINGLE = ("hunyuan-vae", "hcae")
 """Formats of one file."""
@@ -140,6 +141,7 @@ def plan_autoencoder(
         pieces = {name: Piece(sources=(key,)) for name, key in source.names.items()}
         items = {name: Item(info=source.infos[name], piece=piece) for name, piece in pieces.items()}
         config = {"_class_name": HUNYUAN_CLASS, **source.facts} if source.sizes is None else _own_config(source.sizes)
+        config.update({LATENTS: source.facts[LATENTS]} if LATENTS in source.facts else {})  # measured of these weights
     typed = {key: _typed(item, dtype) for key, item in items.items()}
     return AutoencoderPlan(source=source, items=typed, config=config, target_format=target_format)
 

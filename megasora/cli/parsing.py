@@ -109,19 +109,23 @@ def one_line(complaint: str) -> str:
     """A complaint of tyro's, which is a framed text of many lines, as one line with the nearest name or the command that helps."""
     plain = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+", " ", complaint)
     words = re.sub(r"\s+", " ", plain).strip()
-    helps = re.search(r"(?:run|see):? (megasora(?: [\w-]+)*) --help", words)
-    cure = f"({helps.group(1) if helps else 'megasora'} --help lists what there is)"
+    helps = re.search(r"applied to (megasora(?: [\w-]+)*)\)", words) or re.search(r"(?:run|see):? (megasora(?: [\w-]+)*) --help", words)
+    command = helps.group(1) if helps else "megasora"
+    cure = f"({command} --help lists what there is)"
     unknown = re.search(r"Unrecognized (?:or misplaced )?options: (\S+)", words)
     missing = re.search(r"Missing from (megasora(?: [\w-]+)*): (.*\(required\))", words)
+    absent = re.search(r"Missing value for argument 'chosen_command\.([\w.]+)'", words)
     if unknown:
         name = unknown.group(1).rstrip(",").split("=")[0]
         is_command = "Available subcommands" in words and not name.startswith("-")
         what = "command" if is_command else "flag" if name.startswith("-") else "argument"
-        near = _nearest(name, words)
+        near = _nearest(name, words, command)
         return f"no {what} {name}{f'; did you mean {near}?' if near else f' {cure}'}"
     if missing:
         names = [entry.split()[0] for entry in missing.group(2).split("(required)") if entry.strip()]
         return f"{missing.group(1).removeprefix('megasora ')} needs {', '.join(names)} {cure}"
+    if absent:
+        return f"{command.removeprefix('megasora ')} needs {absent.group(1).upper()} {cure}"
     what = re.split(r"\s*(?:For full helptext|Argument helptext)", words)[0]
     return f"{re.sub(_TITLE, '', what)} {cure}"
 
@@ -129,11 +133,13 @@ def one_line(complaint: str) -> str:
 _TITLE = r"^(Parsing error|Value error|Invalid choice|Missing argument|Required options|Missing subcommand)\s*"
 
 
-def _nearest(name: str, words: str) -> str | None:
-    """The command or flag a misspelled one stands for: tyro's guess, or the nearest of those its complaint names."""
-    guess = re.search(r"Perhaps you meant: (--[\w.]+)", words)
-    if guess:
-        return guess.group(1)
+def _nearest(name: str, words: str, command: str) -> str | None:
+    """The command or flag a misspelled one stands for: tyro's guess of the same command, or the nearest of those its complaint names."""
+    _, told, guesses = words.partition("Perhaps you meant: ")
+    if told:
+        flags = re.findall(r"(?:^|--help )(?:\[\.{3}\] )?(--[\w.]+),? (.*?)(?= --help (?:\[\.{3}\] )?--|$)", guesses)
+        here = [flag for flag, about in flags if f"in {command}" in f"{about} " and flag != name]
+        return next(iter(here), None)
     known = re.search(r"Available subcommands: ((?:[\w-]+, )*[\w-]+)", words)
     names = known.group(1).split(", ") if known and not name.startswith("-") else re.findall(r"--[\w.]+", words.replace(name, ""))
     return next(iter(difflib.get_close_matches(name, names, n=1)), None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megasora.config.autoencoder_run import AutoencoderRunConfig
+from megasora.config.distillation_checks import distillation_problems
 from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
 from megasora.config.problem import Problem
 from megasora.config.profile_steps import profiled_steps
+from megasora.config.schema import OptimizerConfig
 
 
 def autoencoder_problems(config: AutoencoderRunConfig, *, world_size: int) -> list[Problem]:
@@ -18,7 +20,16 @@ def autoencoder_problems(config: AutoencoderRunConfig, *, world_size: int) -> li
         config: the run.
         world_size: ranks of the job.
     """
-    checks = (_layout(config, world_size), _network(config), _losses(config), _adversary(config), _data(config), _numbers(config))
+    checks = (
+        _layout(config, world_size),
+        _optimizers(config),
+        _network(config),
+        _losses(config),
+        _adversary(config),
+        distillation_problems(config),
+        _data(config),
+        _numbers(config),
+    )
     return [problem for check in checks for problem in check]
 
 
@@ -34,23 +45,75 @@ def raise_on_autoencoder_problems(config: AutoencoderRunConfig, *, world_size: i
 
 
 def _layout(config: AutoencoderRunConfig, world_size: int) -> Iterator[Problem]:
-    if config.parallel.context_parallel_size != 1:
-        yield Problem(
-            field="parallel.context_parallel_size",
-            message=f"is {config.parallel.context_parallel_size}: ranks cannot share a clip of an autoencoder that is trained",
-            cure="use 1; clips are dealt out over the ranks",
-        )
+    cp, axis = config.parallel.context_parallel_size, config.parallel.context_parallel_axis
     if world_size < 1:
         yield Problem(field="world size", message=f"is {world_size}", cure="use at least 1 rank")
-    if world_size > config.data.batch_size >= 1:
+    if cp < 1 or world_size % cp:
+        yield Problem(
+            field="parallel.context_parallel_size",
+            message=f"is {cp}, which does not divide {world_size} rank(s)",
+            cure=f"use a divisor of {world_size}, or a multiple of {max(cp, 1)} ranks",
+        )
+    elif world_size // cp > config.data.batch_size >= 1:
+        groups = f"groups of {cp} of {world_size} ranks" if cp > 1 else f"{world_size} ranks"
         yield Problem(
             field="data.batch_size",
-            message=f"{config.data.batch_size} clips of a step leave some of {world_size} ranks without one",
-            cure=f"use {world_size} or more, or fewer ranks",
+            message=f"{config.data.batch_size} clips of a step leave some of {groups} without one",
+            cure=f"use {world_size // cp} or more, fewer ranks, or a larger --parallel.context_parallel_size",
         )
+    if axis == "time" and config.autoencoder.kind == "hunyuan":
+        yield Problem(
+            field="parallel.context_parallel_axis",
+            message="is time: in HunyuanVideo's autoencoder frame 0 stands alone in every layer",
+            cure="use height",
+        )
+    if cp > 1:
+        yield from _patches(config)
     if config.device == "cpu" and config.precision.dtype == "bf16":
         yield Problem(
             field="precision.dtype", message="is bf16 on the CPU, which no recipe is tested with", cure="use --precision.dtype fp32"
+        )
+
+
+def _sections(config: AutoencoderRunConfig) -> tuple[tuple[str, OptimizerConfig], ...]:
+    """Every optimizer, by its section."""
+    return (
+        ("optimizer", config.optimizer),
+        ("discriminator.optimizer", config.discriminator.optimizer),
+        ("distillation.optimizer", config.distillation.optimizer),
+    )
+
+
+def _optimizers(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    for section, settings in _sections(config):
+        for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(settings, name) != "fp32":
+                yield Problem(
+                    field=f"{section}.{name}",
+                    message=f"is {getattr(settings, name)}: an autoencoder's moments are small and stay fp32",
+                    cure="use fp32",
+                )
+
+
+def _patches(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    """Slabs of the discriminator are whole patches, which halve the frames twice and rows num_layers times."""
+    layers, data = config.discriminator.num_layers, config.data
+    if not config.has_discriminator or layers < 1:
+        return
+    side = data.resolution.removesuffix("px")
+    if data.aspect == "square" and side.isdecimal() and int(side) % 2**layers:
+        yield Problem(
+            field="discriminator.num_layers",
+            message=f"ranks share {side} rows in whole patches of {2**layers}",
+            cure=f"use --data.resolution {max(1, round(int(side) / 2**layers)) * 2**layers}px, or fewer layers",
+        )
+    unit = 2 ** min(2, layers)
+    bad = [frames for frames in data.frame_counts if frames > 1 and frames % unit]
+    if config.parallel.context_parallel_axis == "time" and bad:
+        yield Problem(
+            field="data.frame_counts",
+            message=f"{bad}: ranks share frames in whole patches of {unit}",
+            cure=f"use multiples of {unit}, or --parallel.context_parallel_axis height",
         )
 
 
@@ -120,6 +183,8 @@ def _data(config: AutoencoderRunConfig) -> Iterator[Problem]:
         )
     if data.batch_size < 1:
         yield Problem(field="data.batch_size", message=f"is {data.batch_size}", cure="use at least 1")
+    if data.max_frame_interval < 1:
+        yield Problem(field="data.max_frame_interval", message=f"is {data.max_frame_interval}", cure="use 1 or more; published: 8")
     if not 0 <= data.image_share <= 1:
         yield Problem(field="data.image_share", message=f"is {data.image_share}", cure="use 0 to 1; published: 0.2")
     if data.aspect == "square" and not data.resolution.endswith("px"):
@@ -137,7 +202,7 @@ def _data(config: AutoencoderRunConfig) -> Iterator[Problem]:
 
 
 def _numbers(config: AutoencoderRunConfig) -> Iterator[Problem]:
-    for section, optimizer in (("optimizer", config.optimizer), ("discriminator.optimizer", config.discriminator.optimizer)):
+    for section, optimizer in _sections(config):
         ranges = (
             ("lr", optimizer.lr > 0, "positive"),
             ("beta1", 0 <= optimizer.beta1 < 1, "in [0, 1)"),
@@ -156,6 +221,8 @@ def _numbers(config: AutoencoderRunConfig) -> Iterator[Problem]:
     evaluation = config.evaluation
     if evaluation.interval_steps < 0 or evaluation.max_clips < 1 or evaluation.shown_clips < 0:
         yield Problem(field="evaluation", message="has a negative number", cure="use 0 to turn it off")
+    if evaluation.weights == "ema" and config.optimizer.ema_decay == 0:
+        yield Problem(field="evaluation.weights", message="is ema, and no average is kept (optimizer.ema_decay 0)", cure="use model")
     try:
         profiled_steps(config.profile.steps)
     except (UserError, ValueError) as error:

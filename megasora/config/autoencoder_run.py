@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megasora.config.dc_ae import DCAEConfig
+from megasora.config.distillation import DistillationConfig
 from megasora.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -19,6 +20,7 @@ from megasora.config.schema import (
     OptimizerConfig,
     ProfileConfig,
     RecoveryConfig,
+    SlabAxis,
     TrainConfig,
 )
 
@@ -110,6 +112,9 @@ class AutoencoderDataConfig:
     """Allowed frame counts, longest first; a clip takes the longest that it fills."""
     target_fps: float = 24.0
     """Clips are strided by the smallest whole number that brings them to at most this rate (repo: fps_max)."""
+    max_frame_interval: int = 1
+    """Frames are taken 1 to this many strides apart, drawn for each clip each time, evenly among those that it is long enough for.
+    history: 8 for HunyuanVideo's (rand_sample_interval)."""
     temporal_start: Literal["first", "random"] = "random"
     """Where in a longer clip its frames begin."""
     decoder: Literal["auto", "pyav", "dali", "mixed"] = "auto"
@@ -159,6 +164,8 @@ class AutoencoderEvalConfig:
 
     interval_steps: int = 0
     """Steps between reconstructions of the held-out clips (PSNR, SSIM, and LPIPS where its weights are); 0 turns them off."""
+    weights: Literal["model", "ema"] = "model"
+    """Whose reconstructions: of the weights as they are trained, or of their moving average, which a run is usually used for."""
     max_clips: int = 16
     """Held-out clips that are measured."""
     shown_clips: int = 2
@@ -167,10 +174,13 @@ class AutoencoderEvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderParallelConfig:
-    """How the work is spread over ranks: whole clips, optimizer state shared out (ZeRO-1)."""
+    """How the work is spread over ranks: whole clips or slabs of clips, optimizer state shared out over all ranks (ZeRO-1)."""
 
     context_parallel_size: int = 1
-    """Ranks that share one clip. Only 1 can be trained: the exact exchange of halos is not there yet."""
+    """Ranks that share one clip, exactly: each has a slab, and asks its neighbours for the lines that convolutions reach."""
+    context_parallel_axis: SlabAxis = "height"
+    """What slabs are of. height takes clips and pictures of any kind; time needs no exchange of frames for LPIPS, and moves more between
+    neighbours where a frame has more pixels than a row of all frames. Pictures are cut by height. HunyuanVideo's takes height only."""
     timeout_minutes: float = 30.0
     """How long a collective may wait before the job is ended."""
 
@@ -192,6 +202,7 @@ class AutoencoderRunConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     parallel: AutoencoderParallelConfig = field(default_factory=AutoencoderParallelConfig)
     precision: AutoencoderPrecisionConfig = field(default_factory=AutoencoderPrecisionConfig)
     data: AutoencoderDataConfig = field(default_factory=AutoencoderDataConfig)
@@ -214,6 +225,11 @@ class AutoencoderRunConfig:
     def has_discriminator(self) -> bool:
         """Whether there is one."""
         return self.discriminator.weight > 0
+
+    @property
+    def has_distillation(self) -> bool:
+        """Whether features are aligned with a teacher's."""
+        return self.distillation.weight > 0
 
     def encoders_as(self) -> EncodersConfig:
         """The compression that clips are planned with."""

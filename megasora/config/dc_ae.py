@@ -14,6 +14,7 @@ from typing import Any
 
 from megasora.config.errors import UserError
 from megasora.config.io import from_dict, to_dict
+from megasora.config.latent_statistics import KEY as LATENTS
 
 CLASS_NAME = "VideoDCAE"
 """`_class_name` of our folders, where diffusers writes its classes' names."""
@@ -55,6 +56,12 @@ class DCAEConfig:
     def halves_time(self, stage: int) -> bool:
         """Whether the step after a stage (before it, in the decoder) changes the number of frames."""
         return stage in self.temporal_stages
+
+    def compression_after(self, stage: int | None) -> tuple[int, int]:
+        """(frames, pixels) of a place of a stage's output, with the step to the next stage that ends it; None: of the latent."""
+        last = len(self.widths) - 1
+        steps = last if stage is None else min(stage + 1, last)
+        return int(2 ** sum(self.halves_time(before) for before in range(steps))), int(2**steps)
 
     def problems(self) -> list[str]:
         """What cannot be built, in words."""
@@ -109,7 +116,8 @@ def parse_config(facts: Mapping[str, Any], *, where: str) -> DCAEConfig:
     """
     if facts.get("_class_name") != CLASS_NAME:
         raise UserError(f"{where} is for {facts.get('_class_name')}, not {CLASS_NAME}; make its folder with megasora convert --to dc-ae")
-    config: DCAEConfig = from_dict({key: value for key, value in facts.items() if key != "_class_name"}, DCAEConfig, path=where)
+    sizes = {key: value for key, value in facts.items() if key not in ("_class_name", LATENTS)}
+    config: DCAEConfig = from_dict(sizes, DCAEConfig, path=where)
     if wrong := config.problems():
         raise UserError(f"{where}: {wrong[0]}")
     return config

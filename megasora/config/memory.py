@@ -7,6 +7,7 @@ buffers, fragmentation; a data sheet's 141 GB leave about 8 GB of an H200 for th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -25,6 +26,8 @@ ULYSSES_TEMPORARIES = {**TEMPORARIES, "selective": 5.0}
 RING_TEMPORARIES = {"none": 24.3, "selective": 23.3, "full": 25.3}
 """The same of ring attention: keys, values and their gradients in fp32, twice while they travel. Two less in a ring of two."""
 
+MOMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of a number of Adam's moments; an fp16 run's one scale is not counted."""
 GPU_WORKSPACE = {"none": 2.5, "fp8": 5.0}
 """What kernels of a GPU need beyond that, in tensors [share, H]: attention's backward sums the gradient of the queries in fp32 (2), FP8
 copies gradients both ways. Measured on an H100 (benchmarks/results/2026-11-27_gpu_h100.md): 2.0 to 2.7 in bf16, 4.8 to 5.2 in FP8."""
@@ -57,6 +60,8 @@ class MemoryEstimate:
     """Saved for the backward passes of all micro-batches in flight."""
     working_set: float
     """What comes on top while one block runs backward: recomputed tensors, gradients, gathered tokens and weights."""
+    adam_copies: float
+    """What Adam's fp32 copies of moments below fp32 need beyond the room that activations have left when it steps."""
     workspace: float
     """What the kernels of a GPU need to run it."""
     stage: int
@@ -110,6 +115,8 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
     activations, in_flight = peak_in_flight(
         costs, stage=stage, num_stages=parallel.pipeline_model_parallel_size, num_microbatches=pack.num_microbatches
     )
+    working_set = _working_set(config, stage, tokens, samples=pack.samples)
+    workspace = GPU_WORKSPACE["none" if config.precision.fp8 == "none" else "fp8"] * tokens * model.hidden_size * number_bytes(config)
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
@@ -117,8 +124,9 @@ def stage_estimate(config: RunConfig, *, stage: int, world_size: int) -> MemoryE
         ema=ema,
         fp8_weights=_fp8_weight_bytes(config, stage),
         activations=activations,
-        working_set=_working_set(config, stage, tokens, samples=pack.samples),
-        workspace=GPU_WORKSPACE["none" if config.precision.fp8 == "none" else "fp8"] * tokens * model.hidden_size * number_bytes(config),
+        working_set=working_set,
+        adam_copies=max(0.0, _adam_copies(config, stage, world_size=world_size) - activations - working_set - workspace),
+        workspace=workspace,
         stage=stage,
         tokens=tokens,
         in_flight=in_flight,
@@ -136,7 +144,8 @@ def share_tokens(config: RunConfig, pack: PackTokens) -> int:
 
 
 def _state_parts(config: RunConfig, own: float, *, world_size: int) -> tuple[float, float, float, float]:
-    """Weights, gradients, optimizer, EMA of a rank's parameters (facts: bf16 2 + fp32 gradients 4, fp32 master 4, moments 8, EMA 4).
+    """Weights, gradients, optimizer, EMA of a rank's parameters (facts: bf16 2 + fp32 gradients 4, fp32 master 4, moments 8
+    in fp32, EMA 4).
 
     With ZeRO-1 an fp32 model is its own master. With ZeRO-2 weights are gathered beside sharded masters and stay; ZeRO-3 keeps the masters
     alone and gathers block by block (`_working_set`).
@@ -146,7 +155,22 @@ def _state_parts(config: RunConfig, own: float, *, world_size: int) -> tuple[flo
     weights = 0 if parallel.zero_stage == 3 else own * number_bytes(config)
     gradients = own * 4 / (1 if parallel.zero_stage == 1 else shards)
     own_master = config.precision.dtype == "fp32" and parallel.zero_stage == 1
-    return weights, gradients, own * (8 if own_master else 12) / shards, own * (4 if config.optimizer.ema_decay > 0 else 0) / shards
+    moments = sum(MOMENT_BYTES[getattr(config.optimizer, name)] for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
+    return (
+        weights,
+        gradients,
+        own * (moments + (0 if own_master else 4)) / shards,
+        own * (4 if config.optimizer.ema_decay > 0 else 0) / shards,
+    )
+
+
+def _adam_copies(config: RunConfig, stage: int, *, world_size: int) -> float:
+    """Bytes while the optimizer steps: FusedAdam widens all moments of a group at once (Transformer Engine 2.11, optimizers/fused_adam.py,
+    `unscaled_lists`), and nearly all parameters are matrices, one group. A save widens them too, when nothing else is there."""
+    narrow = sum(getattr(config.optimizer, name) != "fp32" for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
+    parallel = config.parallel
+    shards = max(1, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
+    return 4.0 * narrow * rank_parameters(config.model, parallel)[stage] / shards
 
 
 def peak_in_flight(costs: list[float], *, stage: int, num_stages: int, num_microbatches: int) -> tuple[float, int]:
@@ -223,16 +247,21 @@ def _fp8_copy_bytes(config: RunConfig) -> float:
 
 
 def _chunk_bytes(config: RunConfig, stage: int, chunk: int, tokens: int, *, samples: int) -> float:
-    """Bytes that one forward pass of a chunk keeps."""
+    """Bytes that one forward pass of a chunk keeps on the device."""
     model, number = config.model, number_bytes(config)
     modes = block_modes(model, config.parallel, stage=stage, chunk=chunk)
     blocks = sum(count * block_bytes(config, double=double, mode=mode, samples=samples) for (double, mode), count in Counter(modes).items())
+    blocks -= len(offloaded_blocks(config, stage=stage, chunk=chunk)) * block_bytes(config, double=True, mode="full", samples=samples)
     first = stage == 0 and chunk == 0
-    last = stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == config.parallel.num_model_chunks - 1
     received = 0 if first or modes[0][0] else 1  # double blocks take views of the message, single ones a copy
-    final = 2 if last else 0  # the last block's output and its norm
+    final = 2 if _is_last(config, stage, chunk) else 0  # the last block's output and its norm
     rotations = 4 * model.head_dim * config.parallel.tensor_model_parallel_size  # cos and sin of K / 2 angles, fp32
     return tokens * (blocks + (received + final) * model.hidden_size * number + rotations)
+
+
+def _is_last(config: RunConfig, stage: int, chunk: int) -> bool:
+    """Whether a chunk holds the final layer."""
+    return stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == config.parallel.num_model_chunks - 1
 
 
 def block_modes(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chunk: int) -> list[tuple[bool, str]]:
@@ -252,6 +281,39 @@ def block_modes(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chu
     return modes
 
 
+def offloaded_blocks(config: RunConfig, *, stage: int, chunk: int) -> list[int]:
+    """Which of a chunk's blocks have their inputs in host memory (`models.mmdit.offload`): those recomputed in full, but for the last one
+    and for one that takes parts of a received message."""
+    if config.parallel.offload == "none":
+        return []
+    modes = block_modes(config.model, config.parallel, stage=stage, chunk=chunk)
+    in_full = [place for place, (_, mode) in enumerate(modes) if mode == "full"]
+    first = stage == 0 and chunk == 0
+    return [place for place in in_full[:-1] if first or place > 0 or not modes[place][0]]
+
+
+def host_bytes(config: RunConfig, *, world_size: int) -> float:
+    """Page-locked host memory of the rank that offloads most, for the micro-batches in flight.
+
+    torch's allocator gives each tensor the next power of two of its bytes. A double block's two inputs are taken as one: text is short, so
+    the video share rounds to the same or to half of it.
+    """
+    if config.parallel.offload == "none":
+        return 0.0
+    parallel, pack = config.parallel, fullest_pack(config, world_size=world_size)
+    size = 2.0 ** math.ceil(math.log2(share_tokens(config, pack) * config.model.hidden_size * number_bytes(config)))
+    stages, chunks = parallel.pipeline_model_parallel_size, range(parallel.num_model_chunks)
+    return max(
+        peak_in_flight(
+            [size * len(offloaded_blocks(config, stage=stage, chunk=chunk)) for chunk in chunks],
+            stage=stage,
+            num_stages=stages,
+            num_microbatches=pack.num_microbatches,
+        )[0]
+        for stage in range(stages)
+    )
+
+
 def _block_bytes_of(config: RunConfig, samples: int, double: bool, mode: str) -> float:
     """`block_bytes` by position, to be remembered for a kind of block."""
     return block_bytes(config, double=double, mode=mode, samples=samples)
@@ -265,16 +327,22 @@ def _working_set(config: RunConfig, stage: int, tokens: int, *, samples: int) ->
     worst = 0.0
     of_block = cache(partial(_block_bytes_of, config, samples))
     for chunk in range(parallel.num_model_chunks):
-        freed = 0.0
-        for double, mode in reversed(block_modes(model, parallel, stage=stage, chunk=chunk)):
+        freed, modes = 0.0, block_modes(model, parallel, stage=stage, chunk=chunk)
+        offloaded = set(offloaded_blocks(config, stage=stage, chunk=chunk))
+        for place, (double, mode) in reversed(list(enumerate(modes))):
             kept = tokens * of_block(double, mode)
             again = tokens * of_block(double, "none") - kept
             weights = double_block_parameters(model) if double else single_block_parameters(model)
             gathered = weights / tp * _gathered_bytes(config, mode)
             at_attention = again + _temporaries(config, mode) * one
             at_output = _at_output_projection(config, stage, mode, again=again, one=one) if tp > 1 and not double else 0.0
-            worst = max(worst, max(at_attention, at_output) + gathered - freed)
-            freed += kept
+            fetched = (place in offloaded) * kept + bool(offloaded and min(offloaded) < place) * (mode == "full") * one
+            worst = max(worst, max(at_attention, at_output) + gathered + fetched - freed)
+            freed += 0 if place in offloaded else kept
+            if offloaded and place == len(modes) - 1 and _is_last(config, stage, chunk):
+                freed += (
+                    2 * one
+                )  # the final layer's; where inputs are kept the last block is the worst, or a gathered one is (`_gathered_bytes`)
     if parallel.pipeline_model_parallel_size > 1:
         worst += (4 if parallel.num_model_chunks > 1 else 2) * one  # gradients received and on their way
     return worst

@@ -27,6 +27,7 @@ def _smaller_runs(config: RunConfig, world_size: int) -> Iterator[tuple[str, Run
     parallel = config.parallel
     selective = replace(parallel, recompute="selective", recompute_double_blocks=0, recompute_single_blocks=0)
     full = replace(selective, recompute="full")
+    selective = replace(selective, offload="none")
     weaker = parallel.recompute not in ("selective", "full")
     recomputed = [("", parallel)] + ([(" --parallel.recompute selective", selective)] if weaker else [])
     if weaker:
@@ -37,6 +38,10 @@ def _smaller_runs(config: RunConfig, world_size: int) -> Iterator[tuple[str, Run
     if parallel.recompute != "full":
         yield "--parallel.recompute full", replace(config, parallel=full)
         recomputed.append((" --parallel.recompute full", full))
+    if parallel.offload == "none":
+        offloaded = replace(full, offload="inputs")
+        flags = ("" if parallel.recompute == "full" else "--parallel.recompute full ") + "--parallel.offload inputs"
+        yield flags, replace(config, parallel=offloaded)
     for flag, name, size in _larger_axes(config, world_size):
         for more, chosen in recomputed:
             larger = replace(config, parallel=replace(chosen, **{name: size}))  # type: ignore[arg-type]

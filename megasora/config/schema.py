@@ -15,6 +15,7 @@ from megasora.config.survival import GuardConfig as GuardConfig
 from megasora.config.survival import RecoveryConfig as RecoveryConfig
 
 Dtype = Literal["fp32", "bf16"]
+MomentDtype = Literal["fp32", "bf16", "fp16"]
 Fp8 = Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"]
 Sharing = Literal["none", "tiles", "slabs"]
 SlabAxis = Literal["time", "height"]
@@ -105,6 +106,9 @@ class ParallelConfig:
     """Double blocks per chunk recomputed in full when recompute is count (or selective, which then treats the others)."""
     recompute_single_blocks: int = 0
     """Single blocks per chunk recomputed in full when recompute is count (or selective, which then treats the others)."""
+    offload: Literal["none", "inputs"] = "none"
+    """inputs: what blocks that are recomputed in full keep waits in page-locked host memory for their backward pass, copied while blocks
+    compute; a chunk's last one stays on the GPU. Needs recompute full, or counts."""
     zero_stage: Literal[1, 2, 3] = 1
     """What DP x CP ranks share out: 1 the optimizer's state (Megatron's distributed optimizer), 2 gradients too, 3 parameters too, gathered
     block by block (torch's FSDP2)."""
@@ -308,6 +312,11 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices; biases and norm scales are not decayed (as Megatron groups them)."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    exp_avg_dtype: MomentDtype = "fp32"
+    """Format that Adam's first moment is kept in (2 bytes instead of 4 a parameter and rank that holds it); below fp32 it takes Transformer
+    Engine's FusedAdam. Master weights stay fp32. A checkpoint holds fp32 values: a run may go on in another format."""
+    exp_avg_sq_dtype: MomentDtype = "fp32"
+    """The same of the second moment. bf16 needs beta2 of at most 0.996, fp16 an eps of at least 1e-8."""
     ema_decay: float = 0.9999
     """Decay of the moving average of the fp32 weights; 0 turns EMA off."""
 

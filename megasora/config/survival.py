@@ -13,7 +13,7 @@ class CheckpointConfig:
     interval_steps: int = 500
     """Steps between checkpoints; the last step is saved too. 0 saves only the last."""
     save_last: bool = True
-    """Save the last step too; a run that only measures need not."""
+    """Save the last step too, also where a run is asked to stop; a run that only measures need not."""
     keep: int = 3
     """Newest checkpoints kept; 0 keeps all."""
     keep_every_steps: int = 0

@@ -9,6 +9,7 @@ from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
 from megasora.config.memory import memory_estimate
 from megasora.config.memory_cure import H200_BYTES, memory_cure
+from megasora.config.optimizer_checks import check_moments
 from megasora.config.parameters import modulation_parameters
 from megasora.config.problem import Check, Problem
 from megasora.config.profile_steps import check_profile
@@ -168,6 +169,12 @@ def _schedule(config: RunConfig, world_size: int) -> Iterator[Problem]:
             message=f"recompute={parallel.recompute} with counts {counts}",
             cure="give recompute=count (or selective) and at least one positive count, or none",
         )
+    if parallel.offload == "inputs" and parallel.recompute != "full" and max(counts) <= 0:
+        yield Problem(
+            field="parallel.offload",
+            message=f"takes the inputs of blocks that are recomputed in full, and recompute={parallel.recompute} has none",
+            cure="add --parallel.recompute full, or leave out --parallel.offload",
+        )
 
 
 def _precision(config: RunConfig, world_size: int) -> Iterator[Problem]:
@@ -212,12 +219,6 @@ def _zero(config: RunConfig, world_size: int) -> Iterator[Problem]:
     parallel = config.parallel
     if parallel.zero_stage == 1:
         return
-    if config.precision.fp8 != "none":
-        yield Problem(
-            field="parallel.zero_stage",
-            message=f"{parallel.zero_stage} shards fp32 weights, which FP8 layers have not been shown to work with",
-            cure="use --parallel.zero_stage 1 or --precision.fp8 none",
-        )
     for name in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(parallel, name):
             yield Problem(
@@ -420,6 +421,7 @@ CHECKS: tuple[Check, ...] = (
     _schedule,
     _precision,
     _zero,
+    check_moments,
     _data,
     check_buckets,
     _cache,

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     START = 10
     IMAGE = 11
     PATCHES = 12
+    INTERVAL = 13
 
 
 def _mix(state: int, value: int) -> int:

@@ -27,6 +27,11 @@ class Summary:
     high: float | None
     """Ends of the 95 % percentile bootstrap interval of the mean; None for one clip."""
 
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean: std / sqrt(count)."""
+        return None if self.std is None else self.std / sqrt(self.count)
+
 
 def summarise(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Summary:
     """Mean, standard deviation and the 95 % bootstrap interval of the mean (percentile method, clips drawn with replacement).

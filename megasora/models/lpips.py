@@ -7,7 +7,7 @@ ReLUs of AlexNet or VGG16 are made unit vectors over channels, squared differenc
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -78,13 +78,25 @@ class Lpips(nn.Module):
         """Distances of pictures in [-1, 1]; 0 for equal ones. Without a gradient; `distance` has one."""
         return self.distance(a, b)
 
+    @torch.no_grad()
+    def spatial_mean(self, a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+        """The mean over the map of distances that the reference gives with spatial=True: each layer's is brought to the pictures' size
+        (bilinear), so that places at the rim weigh otherwise than in `distance`."""
+        size = a.shape[2:]
+        maps = (F.interpolate(layer, size=size, mode="bilinear", align_corners=False) for layer in self._maps(a, b))
+        return torch.stack([layer.mean(dim=(1, 2, 3)) for layer in maps]).sum(dim=0)
+
     def distance(self, a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-        """The same, to be trained with."""
+        """The same as calling it, to be trained with."""
         distance = a.new_zeros(len(a))
-        for k, (of_a, of_b) in enumerate(zip(self._features(a), self._features(b), strict=True)):
-            difference = (_unit(of_a) - _unit(of_b)) ** 2
-            distance = distance + F.conv2d(difference, self.get_buffer(f"lin{k}_model_1_weight")).mean(dim=(1, 2, 3))
+        for layer in self._maps(a, b):
+            distance = distance + layer.mean(dim=(1, 2, 3))
         return distance
+
+    def _maps(self, a: Tensor, b: Tensor) -> Iterator[Tensor]:
+        """Distances [n, 1, y, x] at each layer's places."""
+        for k, (of_a, of_b) in enumerate(zip(self._features(a), self._features(b), strict=True)):
+            yield F.conv2d((_unit(of_a) - _unit(of_b)) ** 2, self.get_buffer(f"lin{k}_model_1_weight"))
 
     def _features(self, pictures: Tensor) -> list[Tensor]:
         x = (pictures - self.get_buffer("shift")) / self.get_buffer("scale")

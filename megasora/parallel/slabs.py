@@ -114,6 +114,10 @@ class Slabs:
         """Lines of the whole at the layer whose tensor this rank's slab is."""
         return sum(self.lengths(slab))
 
+    def first_line(self, slab: Tensor) -> int:
+        """Where this rank's slab begins in the whole, at the layer whose tensor it is."""
+        return sum(self.lengths(slab)[: self.rank])
+
     @property
     def is_first(self) -> bool:
         """Whether this rank has the first line of the whole."""
@@ -168,7 +172,7 @@ class _WithHalo(torch.autograd.Function):
         padded.narrow(dim, before, length).copy_(slab)
         given = [(lines.peer, slab.narrow(dim, lines.start, lines.count)) for lines in halo.gives]
         places = [padded.narrow(dim, lines.start, lines.count) for lines in halo.takes]
-        arrived = _exchange(given, [(lines.peer, place) for lines, place in zip(halo.takes, places, strict=True)], slabs.group)
+        arrived = exchange(given, [(lines.peer, place) for lines, place in zip(halo.takes, places, strict=True)], slabs.group)
         for place, lines in zip(places, arrived, strict=True):
             place.copy_(lines)
         return padded
@@ -181,7 +185,7 @@ class _WithHalo(torch.autograd.Function):
         own = grad.narrow(dim, halo.before, grad.shape[dim] - halo.before - halo.after).clone()
         given = [(lines.peer, grad.narrow(dim, lines.start, lines.count)) for lines in halo.takes]
         places = [own.narrow(dim, lines.start, lines.count) for lines in halo.gives]
-        arrived = _exchange(given, [(lines.peer, place) for lines, place in zip(halo.gives, places, strict=True)], slabs.group)
+        arrived = exchange(given, [(lines.peer, place) for lines, place in zip(halo.gives, places, strict=True)], slabs.group)
         for place, lines in zip(places, arrived, strict=True):
             place.add_(lines)
         return own, None, None, None
@@ -244,7 +248,7 @@ def _added(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
-def _exchange(given: Sequence[tuple[int, Tensor]], places: Sequence[tuple[int, Tensor]], group: dist.ProcessGroup) -> list[Tensor]:
+def exchange(given: Sequence[tuple[int, Tensor]], places: Sequence[tuple[int, Tensor]], group: dist.ProcessGroup) -> list[Tensor]:
     """Send lines to peers and receive others of the shapes of `places` from theirs."""
     arrived = [torch.empty(place.shape, dtype=place.dtype, device=place.device) for _, place in places]
     operations: list[Any] = [dist.P2POp(dist.isend, lines.contiguous(), dist.get_global_rank(group, peer), group) for peer, lines in given]

@@ -91,6 +91,10 @@ class Hardware:
         """Data-sheet FLOP/s of a format; None where it has none."""
         return dict(self.peak).get(precision)
 
+    def slowed(self, ranks: float) -> float:
+        """Factor on the time of work that so many ranks do at once; 1 where each has units of its own."""
+        return 1 / rate_at(self.compute_loss, ranks) if self.compute_loss else 1.0
+
     @property
     def node(self) -> Link:
         """The link inside a node."""

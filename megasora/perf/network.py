@@ -15,7 +15,6 @@ for small messages.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -52,16 +51,6 @@ def placement_of(*, size: int, stride: int, domain: int) -> Placement:
     if domain == 0 or size == 1:
         return Placement(size=size, per_domain=size)
     return Placement(size=size, per_domain=max(1, min(size, domain // stride)))
-
-
-def placement_of_ranks(ranks: Sequence[int], *, domain: int) -> Placement:
-    """Of any world ranks."""
-    if domain == 0:
-        return Placement(size=len(ranks), per_domain=len(ranks))
-    counts: dict[int, int] = {}
-    for rank in ranks:
-        counts[rank // domain] = counts.get(rank // domain, 0) + 1
-    return Placement(size=len(ranks), per_domain=max(counts.values()))
 
 
 def collective_s(kind: Kind, size_bytes: float, *, placement: Placement, hardware: Hardware) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
-from megasora.recipes.autoencoders import dc_ae_stage1, dc_ae_stage2, hunyuan_vae_finetune, tiny_ae
+from megasora.recipes.autoencoders import dc_ae_distill, dc_ae_stage1, dc_ae_stage2, hunyuan_vae_finetune, tiny_ae, tiny_ae_distill
 from megasora.recipes.opensora2 import (
     opensora2_dc_ae,
     opensora2_image,
@@ -23,7 +23,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe for recipe in (tiny, opensora2_image, opensora2_stage1, opensora2_stage2, opensora2_stage3, opensora2_dc_ae)
 }
 AUTOENCODER_RECIPES: dict[str, Callable[[], AutoencoderRunConfig]] = {
-    recipe.__name__: recipe for recipe in (tiny_ae, dc_ae_stage1, dc_ae_stage2, hunyuan_vae_finetune)
+    recipe.__name__: recipe for recipe in (tiny_ae, tiny_ae_distill, dc_ae_stage1, dc_ae_stage2, dc_ae_distill, hunyuan_vae_finetune)
 }
 
 

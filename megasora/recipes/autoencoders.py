@@ -21,6 +21,7 @@ from megasora.config.autoencoder_run import (
     LossConfig,
 )
 from megasora.config.dc_ae import DCAEConfig
+from megasora.config.distillation import DistillationConfig
 from megasora.config.schema import CheckpointConfig, OptimizerConfig, TrainConfig
 
 
@@ -94,6 +95,35 @@ def dc_ae_stage2() -> AutoencoderRunConfig:
     )
 
 
+def dc_ae_distill() -> AutoencoderRunConfig:
+    """Stage 2 gone on with, features aligned with a DINOv2's; --distillation.teacher takes its folder. P3 4.3.3 has no number."""
+    stage2 = dc_ae_stage2()
+    return replace(
+        stage2,
+        recipe="dc_ae_distill",
+        distillation=DistillationConfig(
+            # VA-VAE's text: 0.1, margins 0.5 and 0.25, adaptive (its first 100 epochs, from nothing, have 0.5 and no margins)
+            weight=0.1,
+            balance="adaptive",
+            cosine_margin=0.5,
+            gram_margin=0.25,
+            # P3: "third-layer", "similar shapes"
+            layer="stages.3",
+            # chosen, P3 is silent: see config/distillation.py for the reasons
+            frames="mean",
+            normalisation="imagenet",
+            projector="conv",
+            trained="all",
+            # VA-VAE: 1e-4
+            optimizer=_adam(1e-4),
+        ),
+        # P3: after the autoencoder's training
+        init=AutoencoderInitConfig(follows="dc_ae_stage2"),
+        # unpublished; chosen
+        train=TrainConfig(steps=50_000),
+    )
+
+
 def hunyuan_vae_finetune() -> AutoencoderRunConfig:
     """HunyuanVideo's autoencoder trained on, with KL and a discriminator; --init.weights takes its folder. history hunyuan_video.py."""
     return AutoencoderRunConfig(
@@ -115,10 +145,11 @@ def hunyuan_vae_finetune() -> AutoencoderRunConfig:
             batch_size=16,
             # history: 25 % images (HunyuanVideo's paper: 4 clips to an image)
             image_share=0.25,
-            # history: 33 frames of 256px, 1:1; its frame interval, drawn up to 8, is not drawn here
+            # history: 33 frames of 256px, 1:1, at an interval drawn up to 8
             resolution="256px",
             aspect="square",
             frame_counts=(33,),
+            max_frame_interval=8,
         ),
         # history: AE lr 5e-6, EMA 0.99
         optimizer=_adam(5e-6, ema_decay=0.99),
@@ -166,4 +197,20 @@ def tiny_ae() -> AutoencoderRunConfig:
         checkpoint=CheckpointConfig(interval_steps=100, keep=3),
         evaluation=AutoencoderEvalConfig(interval_steps=50),
         train=TrainConfig(steps=400, log_interval_steps=20),
+    )
+
+
+def tiny_ae_distill() -> AutoencoderRunConfig:
+    """tiny_ae with features aligned from the start with those of a small random DINOv2 that it makes itself. For laptops and tests."""
+    return replace(
+        tiny_ae(),
+        recipe="tiny_ae_distill",
+        distillation=DistillationConfig(
+            weight=0.5,
+            # 8 x 8 places of 32px, 32 channels
+            layer="stages.1",
+            cosine_margin=0.0,
+            gram_margin=0.0,
+            optimizer=OptimizerConfig(lr=4e-3, beta2=0.98, eps=1e-8, ema_decay=0.0),
+        ),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megasora.config.errors import UserError
-from megasora.config.io import load_yaml
+from megasora.config.io import read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,21 @@ def read_history(run_dir: Path) -> RestartLog:
     return RestartLog(
         ends=tuple(_end(match) for line in _lines(run_dir / "restarts.log") if (match := LINE.fullmatch(line))),
         step=max((json.loads(line)["step"] for line in _lines(run_dir / "metrics.jsonl")[-1:]), default=None),
-        steps=load_yaml(config).train.steps if config.exists() else 0,
+        steps=_steps(config) if config.exists() else 0,
         mistakes=tuple(_lines(run_dir / ".mistake")),
     )
+
+
+def _steps(config: Path) -> int:
+    """Of a run of either kind.
+
+    Raises:
+        UserError: the file is none of a run.
+    """
+    try:
+        return int(read_yaml(config)["train"]["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{config} is no config of a run (train.steps)") from error
 
 
 def _end(match: re.Match[str]) -> End:

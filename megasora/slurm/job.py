@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.errors import UserError
 from megasora.config.schema import RunConfig
 
@@ -21,8 +22,8 @@ class SlurmJob:
     """One sbatch file."""
 
     recipe: str
-    """What `megasora train` is given: a name or a config.yaml."""
-    config: RunConfig
+    """What the command that trains is given: a name or a config.yaml."""
+    config: RunConfig | AutoencoderRunConfig
     """The settings to train with."""
     flags: tuple[str, ...]
     """How they differ from the recipe's."""
@@ -39,7 +40,7 @@ class SlurmJob:
     warn_s: int = 300
     """Seconds before the limit at which the ranks are told to save and end."""
     encoders: str | None = None
-    """Folder of the three encoders."""
+    """Folder of the three encoders of a diffusion transformer's run."""
     launcher: Launcher = "srun"
     preemptible: bool = False
     """Whether other jobs may take the nodes at any time."""
@@ -49,6 +50,11 @@ class SlurmJob:
     """More options of sbatch, each without its dashes."""
     setup: tuple[str, ...] = ()
     """Shell lines before the launch."""
+
+    @property
+    def trains(self) -> str:
+        """The command of megasora that the ranks run."""
+        return "train-ae" if isinstance(self.config, AutoencoderRunConfig) else "train"
 
     @property
     def world_size(self) -> int:

@@ -16,8 +16,18 @@ flags+=(--run_dir "$RUN_DIR")
 [ -n "$MANIFEST" ] && flags+=(--data.manifest "$MANIFEST")
 [ -n "$WEIGHTS" ] && flags+=(--init.weights "$WEIGHTS")
 [ -n "$RUN" ] && flags+=(--init.run "$RUN")
+""".strip()
+
+ENCODERS = r"""
 [ -n "$ENCODERS" ] && flags+=(--encoders.vae "$ENCODERS/hunyuan-vae" --encoders.t5 "$ENCODERS/t5-v1_1-xxl"
     --encoders.clip "$ENCODERS/clip-vit-large-patch14")
+""".strip()
+
+LPIPS = r"""
+[ -n "$LPIPS" ] && flags+=(--loss.lpips "$LPIPS")
+""".strip()
+
+ATTEMPT = r"""
 restarts=${SLURM_RESTART_COUNT:-0}
 crashes_file=$RUN_DIR/.crashes
 [ "$restarts" -gt 0 ] || rm -f "$crashes_file" # someone has submitted it anew

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import shlex
 
+from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.slurm import shell
 from megasora.slurm.job import MAX_CRASHES, SlurmJob
 
-GIVEN = frozenset({"run_dir", "data.manifest", "init.weights", "init.run"})
+GIVEN = frozenset({"run_dir", "data.manifest", "init.weights", "init.run", "loss.lpips"})
 """Settings that a file takes from variables, so that they can be given at submission."""
+MAKE_CLIPS = ("tiny", "tiny_ae")
+"""Recipes that make their own clips where none are given."""
 AUTOENCODERS = ("hunyuan-vae", "dc-ae")
 """Folders in ENCODERS: of the causal autoencoder, and of the one that is not."""
 
@@ -23,7 +26,7 @@ def render(job: SlurmJob) -> str:
         _about(job),
         _options(job),
         _variables(job),
-        shell.PREPARE,
+        "\n".join([shell.PREPARE, shell.ENCODERS if job.trains == "train" else shell.LPIPS, shell.ATTEMPT]),
         shell.RENDEZVOUS,
         _setup(job),
         _launch(job),
@@ -31,7 +34,8 @@ def render(job: SlurmJob) -> str:
         shell.VERDICT,
     )
     text = "\n\n".join(part for part in parts if part) + "\n"
-    return text if job.config.encoders.causal else text.replace(*AUTOENCODERS)
+    causal = isinstance(job.config, AutoencoderRunConfig) or job.config.encoders.causal
+    return text if causal else text.replace(*AUTOENCODERS)
 
 
 def _about(job: SlurmJob) -> str:
@@ -43,7 +47,8 @@ def _about(job: SlurmJob) -> str:
         f"#   {job.command}",
         f"#   {_example(job)}",
         "#",
-        "# Submit it in the environment that megasora is installed in; arguments after the file's name go to megasora train. It trains to",
+        "# Submit it in the environment that megasora is installed in; arguments after the file's name go to megasora "
+        f"{job.trains}. It trains to",
         "# the last step: before the time limit, after preemption, a failed node or a crash it is requeued and goes on from its newest",
         "# complete checkpoint. A mistake in settings or files ends it at once, with its cure in the log. scancel ends it for good; the",
         "# same sbatch goes on.",
@@ -54,14 +59,26 @@ def _about(job: SlurmJob) -> str:
 
 
 def _example(job: SlurmJob) -> str:
-    init = job.config.init
+    config, init = job.config, job.config.init
+    if isinstance(config, AutoencoderRunConfig):
+        given = {
+            "MANIFEST=clips.parquet": config.data.manifest is None,
+            "WEIGHTS=vae": config.autoencoder.kind == "hunyuan" and init.weights is None,
+            "RUN=runs/BEFORE": init.follows is not None and init.run is None,
+            "LPIPS=lpips": config.loss.lpips is None and config.loss.lpips_weight > 0,
+        }
+        return _submission(job, given)
     given = {
         "MANIFEST=clips.parquet": job.config.data.manifest is None,
         "WEIGHTS=start": init.weights is None and init.run is None and init.follows in (None, "opensora2_image"),
         "RUN=runs/BEFORE": init.weights is None and init.run is None and init.follows not in (None, "opensora2_image"),
         "ENCODERS=weights": job.encoders is None,
     }
-    words = [word for word, wanted in given.items() if wanted and job.config.recipe != "tiny"]
+    return _submission(job, given)
+
+
+def _submission(job: SlurmJob, given: dict[str, bool]) -> str:
+    words = [word for word, wanted in given.items() if wanted and job.config.recipe not in MAKE_CLIPS]
     options = [f"--{name}={name.upper()}" for name in ("account", "partition") if getattr(job, name) is None]
     return " ".join([*words, "sbatch", *options, "FILE", "[--train.steps 1000 ...]"])
 
@@ -95,28 +112,38 @@ def _options(job: SlurmJob) -> str:
 
 def _variables(job: SlurmJob) -> str:
     config = job.config
-    sources = {"MANIFEST": config.data.manifest, "WEIGHTS": config.init.weights, "RUN": config.init.run, "ENCODERS": job.encoders}
+    sources = {"MANIFEST": config.data.manifest, "WEIGHTS": config.init.weights, "RUN": config.init.run}
+    if isinstance(config, AutoencoderRunConfig):
+        sources["LPIPS"] = config.loss.lpips
+    else:
+        sources["ENCODERS"] = job.encoders
     run_dir = config.run_dir or f"$PWD/runs/{config.recipe.removeprefix('opensora2_')}"
     lines = [
         "set -uo pipefail",
         "# each may be given in the environment of sbatch instead",
         _default("RUN_DIR", run_dir) + "    # on a file system that all nodes see",
-        *(f"{_default(name, value or '')}    # {_ABOUT[name]}" for name, value in sources.items()),
+        *(f"{_default(name, value or '')}    # {_ABOUT[job.trains, name]}" for name, value in sources.items()),
         f"{_default('MAX_RESTARTS', str(job.restarts_allowed))}    # restarts of any cause, after which a crash is left to a person",
         f"{_default('MAX_CRASHES', str(MAX_CRASHES))}    # so are this many crashes in a row that came no step further than ever before",
         f"recipe={shlex.quote(job.recipe)} ranks_per_node={job.gpus_per_node}",
         f"flags=({_array(job.flags)})" if job.flags else "flags=()",
     ]
-    if config.recipe != "tiny":
+    if config.recipe not in MAKE_CLIPS:
         lines.append(': "${MANIFEST:?the table of clips that megasora data filter wrote}"')
+    if isinstance(config, AutoencoderRunConfig) and config.loss.lpips_weight > 0:
+        lines.append(': "${LPIPS:?the folder of weights of LPIPS}"')
     return "\n".join(lines)
 
 
 _ABOUT = {
-    "MANIFEST": "clips.parquet that megasora data filter wrote",
-    "WEIGHTS": "weights of any format to start from",
-    "RUN": "or the run of the stage before",
-    "ENCODERS": "folder with hunyuan-vae, t5-v1_1-xxl and clip-vit-large-patch14 in their published formats",
+    ("train", "MANIFEST"): "clips.parquet that megasora data filter wrote",
+    ("train", "WEIGHTS"): "weights of any format to start from",
+    ("train", "RUN"): "or the run of the stage before",
+    ("train", "ENCODERS"): "folder with hunyuan-vae, t5-v1_1-xxl and clip-vit-large-patch14 in their published formats",
+    ("train-ae", "MANIFEST"): "clips.parquet that megasora data filter wrote",
+    ("train-ae", "WEIGHTS"): "folder of an autoencoder to start from",
+    ("train-ae", "RUN"): "or the run of the stage before",
+    ("train-ae", "LPIPS"): "folder with torchvision's vgg16 and lpips/weights/v0.1's lin layers",
 }
 
 
@@ -142,4 +169,5 @@ def _setup(job: SlurmJob) -> str:
 
 
 def _launch(job: SlurmJob) -> str:
-    return shell.SRUN if job.launcher == "srun" else shell.TORCHRUN
+    text = shell.SRUN if job.launcher == "srun" else shell.TORCHRUN
+    return text.replace("megasora train ", f"megasora {job.trains} ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,9 @@ from megasora.models.mmdit.sharded_state import model_tensors
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.row_shards import reshard
 from megasora.training.guard import Guard
-from megasora.training.optimizer import ensure_adam_state, refresh_masters
+from megasora.training.moments import moments_of, set_moments
+from megasora.training.optimizer import ensure_adam_state, owned_shards, refresh_masters
+from megasora.training.owned_shard import OwnedShard
 from megasora.training.state import optimizer_tensors
 from megasora.training.step import Trainee
 
@@ -188,11 +190,7 @@ class RunCheckpoints(ABC, Generic[Learns]):
 
     def read(self, trainee: Learns, found: Found) -> None:
         """Fill this rank's tensors."""
-        if found.copy is not None:
-            local_copies.load(found.copy, self.tensors(trainee))
-            return
-        assert found.folder is not None, "there is something to load"
-        store.load(found.folder, self.tensors(trainee))
+        fill(self.tensors(trainee), found)
 
     @abstractmethod
     def same_in_a_run(self) -> dict[str, Any]:
@@ -263,7 +261,10 @@ class Checkpoints(RunCheckpoints["Trainee"]):
         """See `RunCheckpoints.load`."""
         facts = found.manifest
         ensure_adam_state(trainee.optimizer, step=facts["step"])
-        self.read(trainee, found)
+        shards = list(owned_shards(trainee.optimizer))
+        moments = moments_of(shards)
+        fill(self._tensors(trainee, shards, moments), found)
+        set_moments(shards, moments)
         if trainee.megatron_config.params_dtype == torch.float32:
             refresh_masters(trainee.optimizer)
         ensure_adam_state(trainee.optimizer, step=facts["step"])
@@ -272,12 +273,17 @@ class Checkpoints(RunCheckpoints["Trainee"]):
         trainee.samples_seen = facts["state"]["samples_seen"]
 
     def tensors(self, trainee: Trainee) -> dict[str, Any]:
-        """See `RunCheckpoints.tensors`."""
+        """See `RunCheckpoints.tensors`. Moments below fp32 are widened copies, which live until they are written."""
         reshard(trainee.chunks)
+        shards = list(owned_shards(trainee.optimizer))
+        return self._tensors(trainee, shards, moments_of(shards))
+
+    def _tensors(self, trainee: Trainee, shards: Sequence[OwnedShard], moments: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
         model, context = self.run.model, self.context
+        averages = trainee.ema.averages if trainee.ema is not None else []
         return {
             **model_tensors(trainee.chunks, model=model, context=context),
-            **optimizer_tensors(trainee.chunks, trainee.optimizer, trainee.ema, model=model, context=context),
+            **optimizer_tensors(trainee.chunks, shards, moments=moments, averages=averages, model=model, context=context),
         }
 
     def layout(self) -> dict[str, Any]:
@@ -294,6 +300,15 @@ class Checkpoints(RunCheckpoints["Trainee"]):
             "global_tokens": config.data.global_tokens,
             "data_sha256": self.data_sha256,
         }
+
+
+def fill(tensors: dict[str, Any], found: Found) -> None:
+    """Read a checkpoint, or a node's copy, into a rank's rectangles."""
+    if found.copy is not None:
+        local_copies.load(found.copy, tensors)
+        return
+    assert found.folder is not None, "there is something to load"
+    store.load(found.folder, tensors)
 
 
 def _first_difference(was: Any, now: Any) -> tuple[str, str]:

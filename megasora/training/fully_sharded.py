@@ -23,6 +23,7 @@ from megasora.config.schema import OptimizerConfig
 from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.row_shards import held_rows, reshard
+from megasora.training.moments import moment_formats
 from megasora.training.owned_shard import OwnedShard, counts_per_parameter
 
 _MARKS = ("tensor_model_parallel", "sequence_parallel")
@@ -207,6 +208,7 @@ class FullyShardedAdam:
                     stop=start + rows.numel(),
                     master=master,
                     state=self.adam.state[master],
+                    adam=self.adam,
                     counts_steps=counts_per_parameter(self.adam),
                     dtype=self.dtype,
                 )
@@ -227,6 +229,8 @@ def _build_adam(parameters: Sequence[Tensor], masters: Sequence[nn.Parameter], s
     groups = [
         {"params": members, "weight_decay": settings.weight_decay if matrices else 0.0} for matrices, members in decayed.items() if members
     ]
-    kwargs = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
-    adam: torch.optim.Optimizer = Adam(groups, **kwargs) if USING_PYTORCH_OPTIMIZER else Adam(groups, adam_w_mode=True, **kwargs)
+    kwargs: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    if not USING_PYTORCH_OPTIMIZER:
+        kwargs |= {"adam_w_mode": True}
+    adam: torch.optim.Optimizer = Adam(groups, **kwargs, **moment_formats(settings))
     return adam

@@ -25,6 +25,7 @@ from megasora.config.schema import OptimizerConfig, ParallelConfig
 from megasora.models.mmdit.model import MMDiT
 from megasora.parallel.groups import ParallelContext
 from megasora.training.fully_sharded import FullyShardedAdam, shard_fully
+from megasora.training.moments import moment_formats, start_moments
 from megasora.training.owned_shard import OwnedShard, counts_per_parameter
 
 TrainingOptimizer: TypeAlias = MegatronOptimizer | FullyShardedAdam
@@ -127,7 +128,7 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], *, optimizer: Op
     """Megatron's distributed Adam over the wrapped chunks; biases and norm scales are not decayed.
 
     Raises:
-        UserError: the parameters are on the CPU and Megatron-core took an Adam that runs on GPUs only.
+        UserError: the parameters are on the CPU and Megatron-core took an Adam that runs on GPUs only, or moments need another's formats.
     """
     on_cpu = any(not parameter.is_cuda for chunk in wrapped for parameter in chunk.parameters())
     if on_cpu and not USING_PYTORCH_OPTIMIZER:
@@ -135,6 +136,7 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], *, optimizer: Op
             "Megatron-core takes the FusedAdam of Transformer Engine or apex where one is installed, and that runs on GPUs only; "
             "train with --device cuda, or on the CPU in an environment without the two"
         )
+    formats = moment_formats(optimizer)
     built = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -148,6 +150,9 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], *, optimizer: Op
             params_dtype=dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
+            use_precision_aware_optimizer=bool(formats),
+            fp8_recipe="tensorwise" if formats else None,  # with which Megatron keeps the fp32 masters, not FusedAdam; no FP8 is involved
+            **formats,
         ),
         list(wrapped),
         use_gloo_process_groups=False,  # they gather checkpoints in host memory; ours are written as rectangles, in place
@@ -239,6 +244,7 @@ def owned_shards(optimizer: TrainingOptimizer) -> Iterator[OwnedShard]:
                     stop=run.end,
                     master=master,
                     state=inner.optimizer.state[master],
+                    adam=inner.optimizer,
                     counts_steps=counts_per_parameter(inner.optimizer),
                     dtype=parameter.dtype,
                 )
@@ -255,9 +261,7 @@ def ensure_adam_state(optimizer: TrainingOptimizer, *, step: int) -> None:
             for group in adam.param_groups:
                 group["step"] = step
     for shard in owned_shards(optimizer):
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in shard.state:
-                shard.state[name] = torch.zeros_like(shard.master)
+        start_moments(shard)
         if shard.counts_steps:
             shard.state["step"] = torch.tensor(float(step))
 

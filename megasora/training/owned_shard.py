@@ -21,6 +21,8 @@ class OwnedShard:
     """fp32 master weights of the run (for an fp32 model a view of the parameter)."""
     state: dict[str, Tensor]
     """Adam's exp_avg and exp_avg_sq of the run; filled by `ensure_adam_state` or the first step."""
+    adam: torch.optim.Optimizer
+    """Whose state it is."""
     counts_steps: bool
     """Whether this Adam keeps its step here too, a tensor."""
     dtype: torch.dtype

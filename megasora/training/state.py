@@ -6,9 +6,10 @@ the unsharded tensors, so a checkpoint knows nothing of the layout that wrote it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
 
 from megasora.config.schema import ModelConfig
 from megasora.models.mmdit.canonical import canonical_parameters
@@ -16,23 +17,36 @@ from megasora.models.mmdit.model import MMDiT
 from megasora.models.mmdit.sharded_state import sharded, tensor_replica
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.shards import rectangles
-from megasora.training.optimizer import EMA, TrainingOptimizer, owned_shards
+from megasora.training.owned_shard import OwnedShard
 
 
 def optimizer_tensors(
-    chunks: Sequence[MMDiT], optimizer: TrainingOptimizer, ema: EMA | None, *, model: ModelConfig, context: ParallelContext
+    chunks: Sequence[MMDiT],
+    shards: Sequence[OwnedShard],
+    *,
+    moments: Sequence[Mapping[str, Tensor]],
+    averages: Sequence[Tensor],
+    model: ModelConfig,
+    context: ParallelContext,
 ) -> dict[str, ShardedTensor]:
-    """Master weights (when they are not the parameters), Adam moments and EMA of this rank's flat runs."""
+    """Master weights (when they are not the parameters), Adam moments and EMA of this rank's flat runs.
+
+    Args:
+        chunks: this rank's.
+        shards: its runs.
+        moments: of each, fp32 (`moments.moments_of`).
+        averages: of each; empty without an EMA.
+        model, context: sizes and groups.
+    """
     at, tp = context.at, context.topology.tp
     pieces_by_parameter = {
         parameter: pieces
         for chunk in chunks
         for _, parameter, pieces in canonical_parameters(chunk, model=model, tp_rank=at.tp, tp_size=tp)
     }
-    averages = ema.averages if ema is not None else []
     tensors: dict[str, ShardedTensor] = {}
-    for number, shard in enumerate(owned_shards(optimizer)):
-        buffers = {"exp_avg": shard.state["exp_avg"], "exp_avg_sq": shard.state["exp_avg_sq"]}
+    for number, shard in enumerate(shards):
+        buffers = dict(moments[number])
         if shard.master.dtype != shard.dtype:
             buffers["master"] = shard.master.data
         if averages:

@@ -124,7 +124,7 @@ class EmulatedMemory(TorchDispatchMode):
         elif name == "copy_":
             target, source = places[:2]
             if "device" in (target, source) and {"host", "pinned"} & {target, source}:
-                self._copy(source, non_blocking=non_blocking)
+                self._copy(target, source, non_blocking=non_blocking)
         elif name in ("index", "index_put", "index_put_", "_unsafe_index_put", "_index_put_impl_"):
             for index in _tensors(args[1]):
                 if index.dtype in (torch.bool, torch.uint8):
@@ -134,9 +134,10 @@ class EmulatedMemory(TorchDispatchMode):
         elif any(place in ("host", "pinned") and tensor.dim() > 0 for tensor, place in zip(given, places, strict=True)):
             raise AssertionError(f"{name} of tensors on the host and on the device: CUDA refuses it ({_origin()})")
 
-    def _copy(self, source: Place | None, *, non_blocking: bool) -> None:
+    def _copy(self, target: Place | None, source: Place | None, *, non_blocking: bool) -> None:
         if source == "device":
-            self.log("copy to the host")
+            if target != "pinned" or not non_blocking:
+                self.log("copy to the host")
         elif source != "pinned" or not non_blocking:
             kind = "pinned" if source == "pinned" else "pageable"
             self.log(f"{'non-blocking' if non_blocking else 'blocking'} copy of {kind} memory to the device")
@@ -174,7 +175,7 @@ class EmulatedMemory(TorchDispatchMode):
         if to_gpu is None or to_gpu == (here == "device"):
             return result if self.place(result) else self.put(result, here)
         flags = [value for value in args if isinstance(value, bool)]
-        self._copy(here, non_blocking=bool(kwargs.get("non_blocking", flags[0] if flags else False)))
+        self._copy(None, here, non_blocking=bool(kwargs.get("non_blocking", flags[0] if flags else False)))
         if result.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
             result = result.clone()
         return self.put(result, "device" if to_gpu else "host")

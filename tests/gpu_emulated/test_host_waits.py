@@ -54,10 +54,10 @@ def train_watched(rank: int, config: RunConfig) -> list[StepWaits]:
 
 
 LAYOUTS = {
-    "one rank, recompute": (1, layout(recompute="full")),
-    "dp2": (2, layout()),
+    "one rank, recompute, offload": (1, layout(recompute="full", offload="inputs")),
+    "dp2, moments below fp32": (2, layout()),
     "pp2": (2, layout(pp=2)),
-    "pp2 vp2": (2, layout(pp=2, vp=2)),
+    "pp2 vp2, recompute, offload": (2, layout(pp=2, vp=2, recompute="full", offload="inputs")),
     "cp2 ulysses": (2, layout(cp=2, context_parallel_backend="ulysses")),
     "tp2 cp2 ring, recompute": (4, layout(tp=2, cp=2, context_parallel_backend="ring", recompute="full")),
 }
@@ -86,6 +86,8 @@ def test_a_step_waits_only_where_it_must(gpus: RankPool, assets: Path, tmp_path:
     shutil.copytree(assets, tmp_path / "run" / "assets")
     config = gpu_run(tmp_path / "run", steps=STEPS, parallel=parallel)
     config = replace(config, model=replace(config.model, num_single_blocks=3))
+    if "moments" in name:
+        config = replace(config, optimizer=replace(config.optimizer, eps=1e-8, exp_avg_dtype="bf16", exp_avg_sq_dtype="fp16"))
     for steps in gpus.run(world_size, train_watched, config):
         for step in steps[1:]:
             unexpected = sorted({f"{wait.where} ({wait.package}): {wait.what}" for wait in step.within if wait.function not in ALLOWED})
@@ -115,12 +117,15 @@ def read_and_copy(rank: int) -> list[list[str]]:
             lambda: torch.zeros(4).to("cuda", non_blocking=True),
             lambda: pinned.to("cuda"),
             lambda: on_gpu.copy_(torch.zeros(4)),
+            lambda: torch.zeros(4).copy_(on_gpu, non_blocking=True),
+            lambda: pinned.copy_(on_gpu),
             lambda: torch.tensor([1.0], device="cuda"),
             lambda: torch.cuda.synchronize(),
         ]
         free: list[Callable[[], object]] = [
             lambda: pinned.to("cuda", non_blocking=True),
             lambda: on_gpu.copy_(pinned, non_blocking=True),
+            lambda: pinned.copy_(on_gpu, non_blocking=True),
             lambda: on_gpu[on_gpu.long().clamp(max=3)],
             lambda: torch.full((), 3, device=on_gpu.device) * on_gpu,
             lambda: pinned.sum().item() + torch.zeros(4).nonzero().numel(),

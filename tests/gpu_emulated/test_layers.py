@@ -142,6 +142,19 @@ def test_recomputation_repeats_the_blocks_to_the_bit(gpus: RankPool, fp8: str, r
     assert max(gaps.values()) < 2 * 2.0**-8
 
 
+@pytest.mark.parametrize(("fp8", "sizes"), [("none", {"tp": 2, "pp": 2}), *((recipe, {}) for recipe in FP8)])
+def test_inputs_in_host_memory_change_no_bit(gpus: RankPool, fp8: str, sizes: dict[str, int]) -> None:
+    """Also through Transformer Engine's own checkpoint, which FP8 takes."""
+    parallel = layout(**sizes, recompute="full")
+    steps = [
+        gpus.run(of.model_parallel_size, one_step, Case(parallel=of, precision=precision(fp8=fp8)))[0]
+        for of in (parallel, replace(parallel, offload="inputs"))
+    ]
+    assert steps[0].loss == steps[1].loss
+    assert steps[0].gemms == steps[1].gemms
+    assert all(torch.equal(steps[1].gradients[key], value) for key, value in steps[0].gradients.items())
+
+
 def test_rows_that_are_not_padded_are_refused_by_the_emulation_too(gpus: RankPool) -> None:
     """Or a missing row_multiple would pass here and fail on the GPU."""
     from tests.pool import RankFailedError

@@ -57,6 +57,8 @@ CASES = {
     "selective": case(recompute="selective"),
     "selective, one sample": case(samples=(VIDEO,), recompute="selective"),
     "full, all 57 blocks": case(model=ALL, recompute="full"),
+    "full, all 57 blocks, offloaded": case(model=ALL, recompute="full", offload="inputs"),
+    "tp2 count offloaded": case(tensor_model_parallel_size=2, recompute="count", recompute_single_blocks=4, offload="inputs"),
     "count": case(recompute="count", recompute_double_blocks=1, recompute_single_blocks=2),
     "selective with counts": case(recompute="selective", recompute_double_blocks=1, recompute_single_blocks=2),
     "tp2": case(tensor_model_parallel_size=2),
@@ -87,6 +89,16 @@ def test_a_rank_allocates_what_the_estimate_says(pool: RankPool, name: str) -> N
     (found,) = pool.run(1, measure, of, run_config(of, image=image))
     expected = expected_of(of, image=image)
     assert expected.activations == pytest.approx(found.kept, rel=CLOSE)
+    assert expected.activations + expected.working_set == pytest.approx(found.peak, rel=CLOSE)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_offloaded_stage_peaks_where_the_estimate_says(pool: RankPool, stage: int) -> None:
+    """So little is kept there that the gradient that a stage has received when its first backward pass begins, which the estimate counts
+    in the working set, is more than 5 % of it."""
+    of = case(samples=(VIDEO,), model=EIGHT, m=6, stage=stage, recompute="full", offload="inputs", **PP4)
+    (found,) = pool.run(1, measure, of, run_config(of))
+    expected = expected_of(of)
     assert expected.activations + expected.working_set == pytest.approx(found.peak, rel=CLOSE)
 
 

@@ -22,7 +22,7 @@ from megasora.recovery.supervisor import Supervision, Supervisor
 class Args:
     """Keep a run going under plain srun: one supervisor a task starts its rank, and all start theirs again when one died."""
 
-    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- train RECIPE ...")] = ()
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- train|train-ae RECIPE ...")] = ()
     """The command to keep going, after `--`."""
     max_restarts: int = 20
     """Restarts without a new step in between; exit code 2, a user's mistake, is never restarted."""
@@ -56,8 +56,8 @@ def run(args: Args) -> None:
 def _run_dir(args: Args) -> Path:
     from megasora.cli.parsing import parse
 
-    if args.words[:1] != ("train",):
-        raise UserError("supervise needs the command to keep going: megasora supervise -- train RECIPE ...")
+    if args.words[:1] not in (("train",), ("train-ae",)):
+        raise UserError("supervise needs the command to keep going: megasora supervise -- train RECIPE ..., or train-ae RECIPE ...")
     _, train = parse(args.words)
     return Path(train.config.run_dir or f"runs/{train.config.recipe}").absolute()
 

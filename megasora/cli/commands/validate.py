@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megasora.cli.endings import Answer, lines
 from megasora.cli.recipe_arguments import AutoencoderArgs, RecipeArgs, autoencoder_defaults, config_defaults, names_autoencoder
 from megasora.config.autoencoder_checks import autoencoder_problems
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
-from megasora.config.memory import MemoryEstimate, memory_estimate
+from megasora.config.memory import MemoryEstimate, host_bytes, memory_estimate
 from megasora.config.pack_tokens import largest_clip
 from megasora.config.parameters import parameter_count
 from megasora.config.pipeline_split import chunk_lengths, stage_parameters
 from megasora.config.schema import RunConfig
 from megasora.config.validate import problems
 from megasora.perf.hardware import load_hardware
+
+if TYPE_CHECKING:
+    from megasora.scaling.autoencoder_memory import AutoencoderMemoryEstimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +37,12 @@ class Args(RecipeArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class OfAutoencoder(AutoencoderArgs):
-    """The checks of train-ae, without ranks: every problem at once, each with its cure. Memory is not estimated."""
+    """The checks of train-ae, without ranks: every problem at once, each with its cure."""
 
     gpus: int = 1
     """World size to check for."""
+    gpu: str = "h200"
+    """Whose memory the run must fit: a profile as megasora plan takes it."""
     json: bool = False
     """Print the problems as JSON."""
 
@@ -56,11 +61,25 @@ def defaults(words: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _of_autoencoder(args: OfAutoencoder) -> Answer:
-    found = autoencoder_problems(args.config, world_size=args.gpus)
+    found, estimate = autoencoder_problems(args.config, world_size=args.gpus), None
+    if not found:
+        from megasora.scaling.autoencoder_memory import checked_memory
+
+        estimate, found = checked_memory(args.config, world_size=args.gpus, gpu_bytes=load_hardware(args.gpu).memory_bytes)
     if found and not args.json:
         raise UserError("\n  ".join([f"{len(found)} problem(s)", *map(str, found)]))
-    text = [f"{args.config.recipe} on {args.gpus} GPU(s): no problems"]
-    return Answer(data={"problems": [to_dict(problem) for problem in found]}, show=lines(text), exit_code=2 if found else 0)
+    memory = None if estimate is None else {"parts": estimate.parts(), "total": estimate.total, "clip": list(estimate.clip)}
+    text = [f"{args.config.recipe} on {args.gpus} GPU(s): no problems", *(_memory_lines(estimate) if estimate is not None else ())]
+    if estimate is not None and args.config.has_distillation:
+        text.append("the distillation's teacher and projector are not counted")
+    data = {"problems": [to_dict(problem) for problem in found], "memory": memory}
+    return Answer(data=data, show=lines(text), exit_code=2 if found else 0)
+
+
+def _memory_lines(estimate: AutoencoderMemoryEstimate) -> list[str]:
+    frames, height, width = estimate.clip
+    parts = [f"  {name:<12} {size / 1e9:>7.2f} GB" for name, size in estimate.parts().items() if size]
+    return [f"peak memory of a GPU {estimate.total / 1e9:.1f} GB, with a clip of {frames} x {height} x {width}", *parts]
 
 
 def run(args: Args | OfAutoencoder) -> Answer:
@@ -76,7 +95,7 @@ def run(args: Args | OfAutoencoder) -> Answer:
     autoencoder = None if found else _autoencoder(args.config)
     data = {
         "problems": [to_dict(problem) for problem in found],
-        "memory": None if estimate is None else _memory_data(estimate),
+        "memory": None if estimate is None else {**_memory_data(estimate), "host_bytes": _host_bytes(args.config, args.gpus)},
         "autoencoder": autoencoder,
     }
     return Answer(data=data, show=lambda: _show(args.config, args.gpus, estimate, autoencoder), exit_code=2 if found else 0)
@@ -111,6 +130,11 @@ def _named(size: Mapping[str, int]) -> dict[str, int]:
     return {"frames": size["num_frames"], "height": size["height"], "width": size["width"]}
 
 
+def _host_bytes(config: RunConfig, gpus: int) -> int:
+    """Page-locked host memory of a rank's offloaded inputs."""
+    return round(host_bytes(config, world_size=gpus))
+
+
 def _memory_data(estimate: MemoryEstimate) -> dict[str, Any]:
     """Bytes on the fullest GPU."""
     place = {"stage": estimate.stage, "tokens": estimate.tokens, "in_flight": estimate.in_flight}
@@ -139,6 +163,8 @@ def _show(config: RunConfig, gpus: int, estimate: MemoryEstimate | None, autoenc
         for name, size in estimate.parts().items():
             if size:
                 table.add_row(f"  {name.replace('_', ' ').replace('fp8', 'FP8')}", f"{size / 1e9:.1f} GB")
+        if host := _host_bytes(config, gpus):
+            table.add_row("page-locked host memory of each GPU's rank", f"up to {host / 1e9:.1f} GB of offloaded inputs")
     if autoencoder is not None:
         table.add_section()
         table.add_row("autoencoder beside it: weights", f"{autoencoder['weights'] / 1e9:.1f} GB")

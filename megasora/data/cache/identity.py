@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from megasora.config.errors import UserError
 from megasora.config.io import from_dict, to_dict
@@ -24,6 +24,7 @@ FILE, NULL_FILE = "cache.json", "null.safetensors"
 FORMAT = "megasora-cache-2"
 """2: clips go through the autoencoder whole in time, captions name the frame rate as the published ones do, and identity knows tiles, the
 rule of buckets and where clips start."""
+Facts = TypeVar("Facts")
 PARTS = ("vae", "t5", "clip")
 """Encoders, by their setting."""
 
@@ -243,8 +244,8 @@ def file_sha256(path: str | Path) -> str:
         raise UserError(f"cannot read manifest {path}: {error.strerror}; check --data.manifest") from error
 
 
-def save_facts(folder: Path, facts: CacheFacts) -> None:
-    """Write cache.json."""
+def save_facts(folder: Path, facts: Any) -> None:
+    """Write cache.json, of a dataclass."""
     write_whole(folder / FILE, (json.dumps(to_dict(facts), indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -254,6 +255,15 @@ def read_facts(folder: Path) -> CacheFacts:
     Raises:
         UserError: the folder is no cache that this version reads.
     """
+    return read_facts_of(folder, CacheFacts, written_as=FORMAT)
+
+
+def read_facts_of(folder: Path, kind: type[Facts], *, written_as: str) -> Facts:
+    """Read cache.json of a cache of this kind and format.
+
+    Raises:
+        UserError: the folder is none that this version reads.
+    """
     path = folder / FILE
     try:
         data = json.loads(path.read_text())
@@ -261,17 +271,17 @@ def read_facts(folder: Path) -> CacheFacts:
         raise UserError(f"{folder} is no cache ({FILE}: {error.strerror}); make one with megasora data encode --output {folder}") from error
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({str(error)[:80]}); encode again into another folder") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise UserError(f"{path} is not of the format {FORMAT}; encode again into another folder")
-    facts: CacheFacts = from_dict(data, CacheFacts, path=str(path))
+    if not isinstance(data, dict) or data.get("format") != written_as:
+        raise UserError(f"{path} is not of the format {written_as}; encode again into another folder")
+    facts: Facts = from_dict(data, kind, path=str(path))
     return facts
 
 
-def differences(ours: CacheSettings, theirs: CacheSettings, *, leave_out: Sequence[str] = ()) -> list[str]:
-    """Settings in which a run (ours) and a cache (theirs) differ, one phrase each."""
+def differences(ours: Any, theirs: Any, *, leave_out: Sequence[str] = ()) -> list[str]:
+    """Settings in which a run (ours) and a cache (theirs) differ, one phrase each; both of one dataclass."""
     return [
         f"{field.name} is {_short(getattr(theirs, field.name))} in the cache and {_short(getattr(ours, field.name))} in this run"
-        for field in fields(CacheSettings)
+        for field in fields(ours)
         if field.name not in leave_out and getattr(ours, field.name) != getattr(theirs, field.name)
     ]
 

@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,38 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-class Cache:
+class ShardedSettings(Protocol):
+    """How many samples lie in which shards."""
+
+    @property
+    def samples(self) -> int:
+        """Planned clips."""
+        ...
+
+    @property
+    def samples_per_shard(self) -> int:
+        """The last shard may have fewer."""
+        ...
+
+    @property
+    def num_shards(self) -> int:
+        """Of the whole cache."""
+        ...
+
+
+class Sharded(Protocol):
+    """What any cache.json says."""
+
+    @property
+    def settings(self) -> ShardedSettings:
+        """What decides its content."""
+        ...
+
+
+Facts = TypeVar("Facts", bound=Sharded)
+
+
+class Cache(Generic[Facts]):
     """Random access to the samples of a finished cache; threads may share it.
 
     Args:
@@ -63,7 +94,7 @@ class Cache:
         facts: its cache.json.
     """
 
-    def __init__(self, folder: Path, *, facts: CacheFacts) -> None:
+    def __init__(self, folder: Path, *, facts: Facts) -> None:
         self.folder, self.facts = folder, facts
         self._claimed: _Keys | None = None
         """What places 0, 1, ... hold according to a run's plan; compared with each index that is opened."""
@@ -212,7 +243,7 @@ def _packed_shapes(num_frames: NDArray[Any], height: NDArray[Any], width: NDArra
     return packed
 
 
-def refuse_incomplete(folder: Path, facts: CacheFacts) -> None:
+def refuse_incomplete(folder: Path, facts: Sharded) -> None:
     """Refuse a cache some of whose shards are not finished. Looks at every shard's facts and the sizes of its files; opens no index.
 
     Raises:
@@ -238,7 +269,7 @@ def refuse_incomplete(folder: Path, facts: CacheFacts) -> None:
         )
 
 
-def open_cache(folder: Path) -> Cache:
+def open_cache(folder: Path) -> Cache[CacheFacts]:
     """Open a cache whose every shard is finished; an index is checked when it is opened, contents when they are read.
 
     Raises:

@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from megasora.models.autoencoders.group_norm import group_norm_over
 from megasora.models.autoencoders.slabs import halo_lines
 from megasora.parallel.slabs import Slabs
 
 
 class HunyuanSlab:
     """Encoder and decoder of an AutoencoderKLHunyuanVideo on one rank's rows.
+
+    Where diffusers' module is told to recompute (enable_gradient_checkpointing), each residual block keeps its input only.
 
     Args:
         module: whose parameters are used.
@@ -29,6 +33,7 @@ class HunyuanSlab:
 
     def __init__(self, module: Any, slabs: Slabs) -> None:
         self.module, self.slabs = module, slabs
+        self.recompute = bool(module.encoder.gradient_checkpointing)
 
     def moments(self, pixels: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B M t h w"]:
         """See `HunyuanNetwork.moments`."""
@@ -57,6 +62,12 @@ class HunyuanSlab:
         return self._convolved(half.conv_out, half.conv_act(self._normalised(half.conv_norm_out, x)))
 
     def _resnet(self, resnet: Any, x: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._residual(resnet, x)
+        kept: Tensor = checkpoint(self._residual, resnet, x, use_reentrant=False)
+        return kept
+
+    def _residual(self, resnet: Any, x: Tensor) -> Tensor:
         made = self._convolved(resnet.conv1, resnet.nonlinearity(self._normalised(resnet.norm1, x)))
         made = self._convolved(resnet.conv2, resnet.dropout(resnet.nonlinearity(self._normalised(resnet.norm2, made))))
         return made + (x if resnet.conv_shortcut is None else self._convolved(resnet.conv_shortcut, x))
@@ -80,16 +91,8 @@ class HunyuanSlab:
         return made
 
     def _normalised(self, norm: nn.GroupNorm, x: Float[Tensor, "B C *places"]) -> Tensor:
-        """GroupNorm with mean and variance over all ranks, in fp32 at least."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (norm.num_groups, -1)).flatten(2)
-        here = torch.full_like(wide[..., :1], wide.shape[-1])
-        places = self.slabs.total(here)
-        centred = wide - self.slabs.total(wide.sum(dim=-1, keepdim=True)) / places
-        variance = self.slabs.total(centred.square().sum(dim=-1, keepdim=True)) / places
-        made = (centred * torch.rsqrt(variance + norm.eps)).view_as(x).to(x.dtype)
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        normalised: Tensor = made * norm.weight.view(shape) + norm.bias.view(shape)
-        return normalised
+        """GroupNorm with mean and variance over all ranks."""
+        return group_norm_over(x, groups=norm.num_groups, weight=norm.weight, bias=norm.bias, eps=norm.eps, total=self.slabs.total)
 
     def _attended(self, layer: Any, x: Tensor) -> Tensor:
         """diffusers' Attention with its residual: places of a frame attend to all places of it and of earlier frames."""

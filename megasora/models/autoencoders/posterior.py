@@ -6,10 +6,11 @@ Online encoding and the cache go through the same two lines here, so that they g
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from megasora.diffusion.philox import normal_at
@@ -28,6 +29,13 @@ class Posterior:
 
     def sample(self, *, key: int, first_element: int = 0) -> Float[Tensor, "C t h w"]:
         """The sample whose noise is the elements from first_element on of a key's draw."""
-        shape = self.mean.shape
-        elements = torch.arange(first_element, first_element + math.prod(shape), device=self.mean.device).view(shape)
+        return self.sample_at(numbered(self.mean.shape, device=self.mean.device) + first_element, key=key)
+
+    def sample_at(self, elements: Int[Tensor, "C t h w"], *, key: int) -> Float[Tensor, "C t h w"]:
+        """The sample whose noise is these elements of a key's draw: of a slab, those that `numbered` gives its places of the whole."""
         return self.with_noise(normal_at(elements, key=key))
+
+
+def numbered(shape: Sequence[int], *, device: torch.device) -> Int[Tensor, "C t h w"]:
+    """Numbers of a latent's elements in a draw."""
+    return torch.arange(math.prod(shape), device=device).view(*shape)

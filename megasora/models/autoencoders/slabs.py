@@ -20,6 +20,7 @@ from megasora.config.schema import SlabAxis
 from megasora.models.autoencoders.autoencoder import AutoencoderFacts, Network
 from megasora.models.autoencoders.posterior import Posterior
 from megasora.models.autoencoders.surroundings import Lengths
+from megasora.parallel.cuts import Cut
 from megasora.parallel.slabs import Slabs, even_shares
 
 AXES: tuple[SlabAxis, ...] = ("time", "height")
@@ -47,6 +48,12 @@ class InSlab:
         """See `Surroundings.num_frames`."""
         return self.slabs.num_lines(x) if AXES[3 + self.slabs.dim] == "time" else x.shape[2]
 
+    def place(self, x: Tensor) -> tuple[Lengths, Lengths]:
+        """See `Surroundings.place`."""
+        first, sides, axis = [0, 0, 0], list(x.shape[2:]), 3 + self.slabs.dim
+        first[axis], sides[axis] = self.slabs.first_line(x), self.slabs.num_lines(x)
+        return (first[0], first[1], first[2]), (sides[0], sides[1], sides[2])
+
 
 Through = Callable[[Tensor, InSlab], Tensor]
 
@@ -58,6 +65,23 @@ def halo_lines(length: int, *, kernel: int, stride: int) -> tuple[int, int]:
     """
     last = (-(-length // stride) - 1) * stride  # the line in the middle of the last kernel
     return kernel // 2, last + kernel // 2 + 1 - length
+
+
+def through_slab(through: Through, slab: Tensor, *, slabs: Slabs, lines: int) -> Tensor:
+    """A network on this rank's slab; a slab without lines goes through as one unit of zeros of which nothing is taken.
+
+    Args:
+        through: the network, which asks its surroundings.
+        slab: of its input.
+        slabs: how the clip is cut.
+        lines: of the input per unit.
+    """
+    dim = slabs.dim
+    if slabs.own:
+        return through(slab, InSlab(slabs))
+    shape = list(slab.shape)
+    shape[dim] = lines
+    return through(torch.cat([slab, slab.new_zeros(shape)], dim=dim), InSlab(slabs)).narrow(dim, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,13 +114,13 @@ class ClipSlabs:
         """Pixels of this rank's slab of a latent that is not scaled."""
         return self._through(self.pixels_of, z, lines=1)
 
+    def cut(self, *, of_pixels: bool) -> Cut:
+        """Lines of every rank, of the latent or of the pixels."""
+        lines = self.compression if of_pixels else 1
+        return Cut(dim=self.slabs.dim, lengths=tuple(units * lines for units in self.slabs.units))
+
     def _through(self, through: Through, slab: Tensor, *, lines: int) -> Tensor:
-        dim = self.slabs.dim
-        if self.slabs.own:
-            return through(slab, InSlab(self.slabs))
-        shape = list(slab.shape)
-        shape[dim] = lines
-        return through(torch.cat([slab, slab.new_zeros(shape)], dim=dim), InSlab(self.slabs)).narrow(dim, 0, 0)
+        return through_slab(through, slab, slabs=self.slabs, lines=lines)
 
 
 class SlabbedNetwork:

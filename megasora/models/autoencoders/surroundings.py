@@ -14,7 +14,7 @@ Lengths = tuple[int, int, int]
 
 
 class Surroundings(Protocol):
-    """Three questions, of time, height and width in this order."""
+    """Four questions, of time, height and width in this order."""
 
     def reached(self, x: Float[Tensor, "B C T H W"], *, kernel: Lengths, stride: Lengths) -> tuple[Float[Tensor, "B C U I J"], Lengths]:
         """x with what a convolution (odd kernel, as many zeros as it reaches) reads beyond it, and the zeros to add on each axis still."""
@@ -26,6 +26,10 @@ class Surroundings(Protocol):
 
     def num_frames(self, x: Float[Tensor, "B C T H W"]) -> int:
         """Frames of the whole clip at the layer whose input x is."""
+        ...
+
+    def place(self, x: Float[Tensor, "B C T H W"]) -> tuple[Lengths, Lengths]:
+        """(frame, row, column at which x begins in the clip; frames, rows, columns of the clip) at the layer whose tensor x is."""
         ...
 
 
@@ -43,6 +47,10 @@ class Whole:
     def num_frames(self, x: Tensor) -> int:
         """See `Surroundings.num_frames`."""
         return x.shape[2]
+
+    def place(self, x: Tensor) -> tuple[Lengths, Lengths]:
+        """See `Surroundings.place`."""
+        return (0, 0, 0), (x.shape[2], x.shape[3], x.shape[4])
 
 
 WHOLE = Whole()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from megasora.config.schema import ModelConfig
 from megasora.models.mmdit.blocks import DoubleBlock, FinalLayer, SingleBlock
 from megasora.models.mmdit.kernels.contract import Kernels
 from megasora.models.mmdit.layers import MLPEmbedder, sinusoidal_embedding
+from megasora.models.mmdit.offload import OffloadedPass
 from megasora.models.mmdit.recompute import Seams, keep_inputs_only, keep_original_inputs
 from megasora.models.mmdit.rotary import Rotation, StreamRotations, rotation_of
 from megasora.models.mmdit.spec import LayerFactory, MMDiTSubmodules
@@ -64,6 +66,8 @@ class StageSpec:
     """The same for its single blocks."""
     selective: bool = False
     """The other blocks keep their matrix products and attention, and recompute the rest."""
+    offload: bool = False
+    """What the recomputed blocks keep is in host memory until their backward pass."""
 
 
 class MMDiT(MegatronModule):
@@ -104,6 +108,9 @@ class MMDiT(MegatronModule):
         self.double_blocks = nn.ModuleDict()
         self.single_blocks = nn.ModuleDict()
         self._build_blocks(layers, attention)
+        in_full = (list(self.double_blocks.values())[: stage.recompute_double], list(self.single_blocks.values())[: stage.recompute_single])
+        self._recomputed = [block for kind in in_full for block in kind]
+        self._offloaded: OffloadedPass | None = None
         if stage.post_process:
             self.final_layer = FinalLayer(model, layers=layers)
 
@@ -146,6 +153,7 @@ class MMDiT(MegatronModule):
             [num_video, C] on the last stage, [s + n, H] elsewhere.
         """
         txt, img, vec = self._enter(inputs, pack)
+        self._offloaded = OffloadedPass() if self.stage.offload and torch.is_grad_enabled() else None
         rotations = self._rotations(pack.positions if positions is None else positions, pack)
         with self._fp8():
             txt, img = self._run_double_blocks(txt, img, vec, rotations, pack)
@@ -187,23 +195,23 @@ class MMDiT(MegatronModule):
         return StreamRotations(joint=joint, txt=Rotation(cos[0], sin[0]), img=Rotation(cos[1], sin[1]))
 
     def _run_double_blocks(self, txt: Tensor, img: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> tuple[Tensor, Tensor]:
-        for place, block in enumerate(self.double_blocks.values()):
+        for block in self.double_blocks.values():
 
             def run(txt_: Tensor, img_: Tensor, vec_: Tensor, block: nn.Module = block) -> tuple[Tensor, Tensor]:
                 result: tuple[Tensor, Tensor] = block(txt_, img_, vec_, rotations, pack)
                 return result
 
-            txt, img = self._run(run, place < self.stage.recompute_double, txt, img, vec)
+            txt, img = self._run(run, block, txt, img, vec)
         return txt, img
 
     def _run_single_blocks(self, joint: Tensor, vec: Tensor, rotations: StreamRotations, pack: Pack) -> Tensor:
-        for place, block in enumerate(self.single_blocks.values()):
+        for block in self.single_blocks.values():
 
             def run(joint_: Tensor, vec_: Tensor, block: nn.Module = block) -> Tensor:
                 result: Tensor = block(joint_, vec_, rotations, pack)
                 return result
 
-            joint = self._run(run, place < self.stage.recompute_single, joint, vec)
+            joint = self._run(run, block, joint, vec)
         return joint
 
     def _fp8(self) -> AbstractContextManager[object]:
@@ -211,7 +219,13 @@ class MMDiT(MegatronModule):
         context: AbstractContextManager[object] = get_fp8_context(self.config)
         return context
 
-    def _run(self, run: Callable[..., Any], recompute: bool, *tensors: Tensor) -> Any:
-        if not recompute:
+    def _run(self, run: Callable[..., Any], block: nn.Module, *tensors: Tensor) -> Any:
+        """A block on its token shares and `vec`, which comes last."""
+        if block not in self._recomputed:
             return run(*tensors)
-        return keep_inputs_only(run, *tensors, config=self.config, tp_group=self.tp_group)
+        keep = partial(keep_inputs_only, run, *tensors, config=self.config, tp_group=self.tp_group)
+        if self._offloaded is None:
+            return keep()
+        of_message = not self.pre_process and block is next(iter(self.double_blocks.values()), None)  # which Megatron holds until then
+        with self._offloaded.block(tensors[:-1], stays=of_message or block is self._recomputed[-1]):
+            return keep()

@@ -27,6 +27,7 @@ def stage_specs(model: ModelConfig, parallel: ParallelConfig, *, pp_rank: int) -
             recompute_double=recompute[0],
             recompute_single=recompute[1],
             selective=parallel.recompute == "selective",
+            offload=parallel.offload == "inputs",
         )
         for v in range(vp)
     ]

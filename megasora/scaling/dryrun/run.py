@@ -48,7 +48,7 @@ def dry_run(config: RunConfig, *, world_size: int, rank: int, clips: Clips = "au
         clips: where the step's clips come from (`workload.planned_clips`).
 
     Raises:
-        UserError: the layout does not fit the world, the rank is outside it, or the run is in FP8.
+        UserError: the layout does not fit the world, the rank is outside it, or the run has FP8 layers or moments below fp32.
     """
     refuse(config, world_size=world_size, rank=rank)
     step = steps_of(config, planned_clips(config, clips=clips), world_size=world_size)[0]
@@ -66,6 +66,11 @@ def refuse(config: RunConfig, *, world_size: int, rank: int = 0) -> None:
     raise_on_problems(config, world_size=world_size, check_memory=False)
     if not 0 <= rank < world_size:
         raise UserError(f"--rank {rank} is outside a world of {world_size} GPUs; use 0 to {world_size - 1}")
+    if {config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype} != {"fp32"}:
+        raise UserError(
+            "--optimizer.exp_avg_dtype and exp_avg_sq_dtype below fp32 are Transformer Engine's and have no stand-in; dry-run with fp32 "
+            "for both and take the optimizer's bytes from `megasora validate`"
+        )
     if config.precision.fp8 != "none":
         raise UserError(
             f"--precision.fp8 {config.precision.fp8}: FP8 layers are Transformer Engine's and have no stand-in; dry-run with "

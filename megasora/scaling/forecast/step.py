@@ -16,7 +16,7 @@ from megasora.data.plan import PlannedClip, sample_cost
 from megasora.parallel.pack import PackSplit
 from megasora.parallel.topology import Topology, topology_of
 from megasora.perf.flops import training_flops
-from megasora.perf.hardware import Hardware, rate_at
+from megasora.perf.hardware import Hardware
 from megasora.perf.network import collective_s, placement_of
 from megasora.scaling.forecast.block import BlockSetting, PackWork, row_multiple, setting_of
 from megasora.scaling.forecast.chunk import chunk_backward, chunk_forward, chunk_of
@@ -95,7 +95,7 @@ def forecast_step(config: RunConfig, packs: StepPacks, *, world_size: int, hardw
     topology = topology_of(config.parallel, world_size=world_size)
     replicas = [_replica(config, packs, number, topology=topology, hardware=hardware) for number in _busiest(config, packs)]
     slowest = max(replicas, key=lambda replica: replica.schedule.end)
-    data = _data_s(config, packs, hardware=hardware)
+    data = _data_s(config, packs, world_size=world_size, hardware=hardware)
     stages = tuple(_stage_parts(config, slowest, stage, data=data, topology=topology, hardware=hardware) for stage in range(topology.pp))
     busiest = max(range(topology.pp), key=lambda stage: (stages[stage].total, -stages[stage].bubble))
     flops = training_flops([clip.tokens for clip in packs.clips], hidden_size=config.model.hidden_size, num_blocks=config.model.num_blocks)
@@ -167,8 +167,8 @@ def _replica(config: RunConfig, packs: StepPacks, number: int, *, topology: Topo
         return found
     for _ in range(ROUNDS):  # ranks share a computer: those that wait leave it to the others
         active = sum(found.schedule.busy) / found.schedule.end * topology.cp * topology.tp * topology.dp
-        slower = 1 / rate_at(hardware.compute_loss, max(1.0, active))
-        found = _run(config, works, topology=topology, setting=setting_of(config, hardware=hardware, slower=slower))
+        setting = setting_of(config, hardware=hardware, slower=hardware.slowed(max(1.0, active)))
+        found = _run(config, works, topology=topology, setting=setting)
     return found
 
 
@@ -231,7 +231,7 @@ def least_step_time(config: RunConfig, packs: StepPacks, *, world_size: int, har
     topology = topology_of(config.parallel, world_size=world_size)
     setting = setting_of(config, hardware=hardware)
     works = [work_of(config, pack) for pack in packs.computed(_busiest(config, packs)[0])]
-    data = _data_s(config, packs, hardware=hardware)
+    data = _data_s(config, packs, world_size=world_size, hardware=hardware)
     least = 0.0
     for stage in range(topology.pp):
         passes = _stage_passes(config, works, stage, setting=setting)
@@ -240,14 +240,18 @@ def least_step_time(config: RunConfig, packs: StepPacks, *, world_size: int, har
     return least
 
 
-def _data_s(config: RunConfig, packs: StepPacks, *, hardware: Hardware) -> float:
+def _data_s(config: RunConfig, packs: StepPacks, *, world_size: int, hardware: Hardware) -> float:
     """Seconds of the busiest rank in the encoders, and of the host that makes its micro-batches where a step waits for it."""
     ranks = config.parallel.model_parallel_size  # all ranks of a replica share out its clips
     encoded = encoding_s(config, _most_clips(packs), ranks=ranks, hardware=hardware)
     if not hardware.feed_s:
         return encoded
-    most = max(sum(clip.tokens for pack in packs.computed(number) for clip in pack) for number in range(len(packs.replicas)))
-    return encoded + hardware.feed_s * most / ranks
+    own = (
+        sum(clip.tokens for clip in clips[rank::ranks])
+        for clips in ([clip for pack in packs.computed(number) for clip in pack] for number in range(len(packs.replicas)))
+        for rank in range(ranks)
+    )
+    return (encoded + hardware.feed_s * max(own)) * hardware.slowed(world_size)
 
 
 def _stage_parts(config: RunConfig, replica: _Replica, stage: int, *, data: float, topology: Topology, hardware: Hardware) -> StepParts:

@@ -74,7 +74,8 @@ def show(answer: Answer, *, base: RunConfig, source: str) -> None:
     else:
         console.print(_best(answer))
         console.print(_times(answer.plans))
-        console.print(_losers(answer.plans))
+        if len(answer.plans) > 1:
+            console.print(_losers(answer.plans))
     if answer.ruled_out:
         console.print(_ruled_out(answer))
     console.print(f"{answer.tried:,} layouts, {answer.simulated:,} of them forecast; the others cannot be among these", highlight=False)

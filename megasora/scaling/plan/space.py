@@ -80,6 +80,7 @@ class Layout:
             recompute=recompute,
             recompute_double_blocks=-(-model.num_double_blocks // chunks // 2) if half and not full else 0,
             recompute_single_blocks=-(-model.num_single_blocks // chunks // 2) if half and not full else 0,
+            offload=base.parallel.offload if full or half else "none",  # it takes the inputs of blocks recomputed in full
             pipeline_split=cast(Literal["flops", "memory"], self.split),
             pipeline_blocks=None,
             ulysses_size=None,

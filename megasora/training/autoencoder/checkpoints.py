@@ -1,6 +1,7 @@
 """What a checkpoint of an autoencoder's run holds: both networks, their optimizers and the moving average, in one transaction.
 
-Keys: `<part>.<name>` with part in model, master, exp_avg, exp_avg_sq, ema of the autoencoder, and `discriminator_<part>.<name>`. Parameters
+Keys: `<part>.<name>` with part in model, master, exp_avg, exp_avg_sq, ema of the autoencoder, and
+`discriminator_<part>.<name>`, `projector_<part>.<name>` of distillation's projector. Parameters
 have their own shapes; the others are flat, for a rank's share is a run of the flattened parameter: they lie where they are, in any number
 of ranks.
 """
@@ -33,7 +34,7 @@ class AutoencoderCheckpoints(RunCheckpoints[AutoencoderTrainee]):
     """Those of an autoencoder's run.
 
     Args:
-        about: config.json of the autoencoder.
+        kept: what a run keeps of its networks: `model`, config.json of the autoencoder, and `distillation` (`teaching.kept_of`).
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class AutoencoderCheckpoints(RunCheckpoints[AutoencoderTrainee]):
         config: AutoencoderRunConfig,
         context: ParallelContext,
         data_sha256: str,
-        about: dict[str, Any],
+        kept: dict[str, Any],
     ) -> None:
         super().__init__(root, lease=lease, config=config, context=context, data_sha256=data_sha256)
-        self.run, self.about = config, about
+        self.run, self.kept = config, kept
 
     def load(self, trainee: AutoencoderTrainee, found: Found) -> None:
         """See `RunCheckpoints.load`."""
@@ -71,6 +72,8 @@ class AutoencoderCheckpoints(RunCheckpoints[AutoencoderTrainee]):
         found = dict(learning_tensors(trainee.main, prefix="", averages=averages, context=self.context))
         if trainee.adversary is not None:
             found |= dict(learning_tensors(trainee.adversary, prefix="discriminator_", averages=(), context=self.context))
+        if trainee.projector is not None:
+            found |= dict(learning_tensors(trainee.projector, prefix="projector_", averages=(), context=self.context))
         return found
 
     def own_state(self, trainee: AutoencoderTrainee) -> dict[str, Any]:
@@ -84,7 +87,7 @@ class AutoencoderCheckpoints(RunCheckpoints[AutoencoderTrainee]):
         sizes = {"width": adversary.width, "num_layers": adversary.num_layers, "norm": adversary.norm}
         return {
             "kind": KIND,
-            "model": self.about,
+            **self.kept,
             "discriminator": sizes if config.has_discriminator else None,
             "dtype": config.precision.dtype,
             "seed": config.train.seed,

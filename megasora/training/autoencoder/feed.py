@@ -1,4 +1,8 @@
-"""Clips of the coming steps on this rank: which, decoded, in [-1, 1]. Samples are dealt out whole; nothing here is a collective."""
+"""Clips of the coming steps: which, and the levels of those that this rank decodes.
+
+Samples are dealt out whole to the replicas, and a replica's to its ranks, each of which decodes its own ahead of the step; `levels_of_all`
+gives every rank of the replica a clip when its turn comes.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.errors import UserError
 from megasora.config.schema import ModelConfig
-from megasora.data.buckets import pixels_of
-from megasora.data.decoding.contract import DecodeError, Decoder, DecodeRequest, normalise
+from megasora.data.buckets import frame_span, num_starts, pixels_of
+from megasora.data.decoding.contract import DecodeError, Decoder, DecodeRequest
 from megasora.data.loader import ClipLoader
 from megasora.data.manifest import Clip, SkippedRow
 from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, next_step, plan_clips, request_of, start_of
@@ -30,12 +35,20 @@ LINEAR = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnClip:
-    """A clip of a step on this rank."""
+    """A clip of a step that this rank works on, alone or with the other ranks of its replica."""
 
     name: str
-    video: Tensor | str
-    """[3, T, H, W] in [-1, 1] on the device, or why there is none."""
+    sample: int
+    """Its number among the planned clips."""
+    shape: tuple[int, int, int]
+    """Frames, height, width."""
+    decoder: int
+    """Rank within the replica that decodes it."""
+    levels: Tensor | str | None
+    """uint8 [3, T, H, W] on the device, or why there is none; None where another rank decodes it."""
     draws: ClipDraws
+    features: Tensor | None = None
+    """A teacher's [D, t, h, w] on the device, where they are read from a cache."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,6 +85,20 @@ def plan_training_clips(clips: Sequence[Clip], config: AutoencoderRunConfig) -> 
 def as_image(clip: PlannedClip) -> PlannedClip:
     """A clip's first frame alone."""
     return replace(clip, num_frames=1, span=None, grid=(1, *clip.grid[1:]))
+
+
+def spread_out(clip: PlannedClip, *, most: int, uniform: float) -> PlannedClip:
+    """A clip with its frames some strides apart.
+
+    Args:
+        clip: with its frames one stride apart.
+        most: strides.
+        uniform: number in (0, 1) that chooses evenly among 1 to the most that the clip is long enough for.
+    """
+    available, gaps = clip.clip.num_frames, clip.num_frames - 1
+    widest = max(1, min(most, (available - 1) // (gaps * clip.stride)))
+    stride = clip.stride * min(widest, 1 + int(uniform * widest))
+    return replace(clip, stride=stride, num_starts=num_starts(available, frame_span(clip.num_frames, stride)))
 
 
 class ClipFeeder:
@@ -118,23 +145,21 @@ class ClipFeeder:
         """Steps until the run's last."""
         for loaded in self._loader:
             planned = self._planned.popleft()
-            own = (
-                OwnClip(name=self.clips[sample].clip.id, video=self._video(decoded), draws=draws)
-                for sample, decoded, draws in zip(planned.samples, loaded.clips, planned.draws, strict=True)
-            )
+            mine, decoded = self.context.replica.rank(), iter(loaded.clips)
+            own = (replace(clip, levels=self._levels(next(decoded))) if clip.decoder == mine else clip for clip in planned.clips)
             yield ClipBatch(plan=planned.plan, clips=tuple(own), frames=planned.frames, images=planned.images, wait_s=loaded.wait_s)
 
     def close(self) -> None:
         """Stop decoding."""
         self._loader.close()
 
-    def _video(self, decoded: Tensor | DecodeError) -> Tensor | str:
+    def _levels(self, decoded: Tensor | DecodeError) -> Tensor | str:
         if isinstance(decoded, DecodeError):
             return str(decoded)
         (pixels,) = send([decoded], device=self.context.device)
         if pixels is decoded and decoded.is_cuda:  # decoded there by a thread, whose stream's memory it is
             decoded.record_stream(torch.cuda.current_stream(self.context.device))
-        return normalise(pixels)
+        return pixels
 
     def _requests(self, state: SamplerState, first_step: int) -> Iterator[list[DecodeRequest]]:
         data, seed, topology = self.config.data, self.config.train.seed, self.context.topology
@@ -148,18 +173,32 @@ class ClipFeeder:
             shaped = [self._shaped(sample, plan.epoch, step) for sample in plan.samples]
             packs = assign_packs([clip.tokens for clip in shaped], data_parallel_size=topology.dp, num_microbatches=1, hidden_size=LINEAR)
             (own,) = packs[self.context.at.dp]
-            samples = [plan.samples[place] for place in own]
-            draws = tuple(self._draws(sample, plan.epoch, step) for sample in samples)
+            clips = [self._own(plan, place, number, shaped[place], step) for number, place in enumerate(own)]
             self._planned.append(
                 _Planned(
                     plan=plan,
-                    samples=samples,
-                    draws=draws,
+                    clips=clips,
                     frames=sum(clip.num_frames for clip in shaped),
                     images=sum(clip.num_frames == 1 for clip in shaped),
                 )
             )
-            yield [self._request(shaped[place], plan.samples[place], plan.epoch, step) for place in own]
+            mine = self.context.replica.rank()
+            yield [
+                self._request(shaped[place], plan.samples[place], plan.epoch, step)
+                for place, clip in zip(own, clips, strict=True)
+                if clip.decoder == mine
+            ]
+
+    def _own(self, plan: StepPlan, place: int, number: int, clip: PlannedClip, step: int) -> OwnClip:
+        """The replica's clip with this number, before it is decoded."""
+        return OwnClip(
+            name=clip.clip.id,
+            sample=plan.samples[place],
+            shape=(clip.num_frames, clip.height, clip.width),
+            decoder=number % self.context.replica.size(),
+            levels=None,
+            draws=self._draws(plan.samples[place], plan.epoch, step),
+        )
 
     def _key(self, stream: Stream, sample: int, epoch: int, step: int) -> int:
         return key_of(seed=self.config.train.seed, stream=stream, epoch=epoch, sample=sample, step=step)
@@ -168,7 +207,10 @@ class ClipFeeder:
         """The clip as it is taken this time: whole, or its first frame."""
         clip, share = self.clips[sample], self.config.data.image_share
         image = share > 0 and uniform(key=self._key(Stream.IMAGE, sample, epoch, step)) < share
-        return as_image(clip) if image and clip.num_frames > 1 else clip
+        if clip.num_frames == 1 or image:
+            return as_image(clip)
+        most = self.config.data.max_frame_interval
+        return clip if most == 1 else spread_out(clip, most=most, uniform=uniform(key=self._key(Stream.INTERVAL, sample, epoch, step)))
 
     def _request(self, clip: PlannedClip, sample: int, epoch: int, step: int) -> DecodeRequest:
         offset = 0
@@ -183,11 +225,22 @@ class ClipFeeder:
 @dataclass(frozen=True, kw_only=True)
 class _Planned:
     plan: StepPlan
-    samples: list[int]
-    """This rank's."""
-    draws: tuple[ClipDraws, ...]
+    clips: list[OwnClip]
+    """The replica's, not decoded yet."""
     frames: int
     images: int
+
+
+def levels_of_all(clip: OwnClip, context: ParallelContext) -> Tensor:
+    """A clip's levels on every rank of its replica, which call it together for a clip that could be decoded."""
+    group = context.replica
+    if group.size() == 1:
+        assert isinstance(clip.levels, Tensor), "the only rank decodes every clip"
+        return clip.levels
+    mine = clip.levels
+    levels = mine.contiguous() if isinstance(mine, Tensor) else torch.empty((3, *clip.shape), dtype=torch.uint8, device=context.device)
+    dist.broadcast(levels, src=dist.get_global_rank(group, clip.decoder), group=group)
+    return levels
 
 
 def held_out_clips(clips: Sequence[PlannedClip], *, decoder: Decoder, most: int) -> list[tuple[str, Tensor]]:

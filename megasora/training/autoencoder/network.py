@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,12 +18,15 @@ from megasora.config.dc_ae import CLASS_NAME as DC_AE
 from megasora.config.dc_ae import read_config
 from megasora.config.errors import UserError
 from megasora.config.io import to_dict
+from megasora.config.schema import SlabAxis
 from megasora.models.autoencoders.autoencoder import Network
 from megasora.models.autoencoders.dc_ae.model import VideoDCAE
 from megasora.models.autoencoders.dc_ae.network import DCAENetwork
 from megasora.models.autoencoders.hunyuan import CLASS_NAME as HUNYUAN
 from megasora.models.autoencoders.hunyuan import HunyuanNetwork
 from megasora.models.autoencoders.posterior import Posterior
+from megasora.models.autoencoders.slabs import SlabbedNetwork
+from megasora.training.autoencoder.share import ClipShare
 
 CLASSES = {"dc-ae": DC_AE, "hunyuan": HUNYUAN}
 CURES = {
@@ -33,9 +37,9 @@ CURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """What an autoencoder makes of a clip."""
+    """What an autoencoder makes of a clip, or this rank's part of it."""
 
-    pixels: Float[Tensor, "3 T H W"]
+    pixels: Float[Tensor, "3 t h w"]
     """Near [-1, 1], not clamped, in the networks' type."""
     posterior: Posterior
 
@@ -49,27 +53,61 @@ class TrainedNetwork:
     """Of the decoder's last convolution, where losses are weighed against each other (DCAE.get_last_layer)."""
     about: dict[str, Any]
     """config.json of its folder."""
-    group: dist.ProcessGroup | None = None
-    """Ranks that share a clip, for an exact exchange of halos; more than one is refused until there is one."""
+    axis: SlabAxis = "height"
+    """Of the slabs of clips."""
+    slabbed: Mapping[SlabAxis, SlabbedNetwork] = field(default_factory=dict)
+    """The same network over the ranks that share a clip; empty where none do."""
 
     @property
     def module(self) -> nn.Module:
         """All parameters."""
         return self.network.module
 
-    def reconstruct(self, video: Float[Tensor, "3 T H W"], *, key: int | None) -> Reconstruction:
-        """A clip in [-1, 1], whole, through encoder and decoder.
+    def shared_by(self, group: dist.ProcessGroup, *, axis: SlabAxis) -> TrainedNetwork:
+        """The same, each clip over the ranks of a group; all of them call it together, with the networks on their device.
 
         Args:
-            video: the clip.
+            group: ranks of a clip.
+            axis: of its slabs; a picture is always cut by height.
+
+        Raises:
+            UserError: it cannot be split so.
+        """
+        if group.size() == 1:
+            return self
+        axes: tuple[SlabAxis, ...] = ("height",) if axis == "height" else ("height", "time")
+        slabbed = {one: self.network.in_slabs(group, axis=one) for one in axes}
+        return replace(self, axis=axis, slabbed=cast(Mapping[SlabAxis, SlabbedNetwork], slabbed))
+
+    def share(self, *, num_frames: int, height: int, width: int) -> ClipShare:
+        """This rank's part of a clip of this size.
+
+        Raises:
+            UserError: a size that the autoencoder does not take.
+        """
+        size = {"num_frames": num_frames, "height": height, "width": width}
+        self.network.facts.refuse(num_frames, height, width)
+        if not self.slabbed:
+            return ClipShare(slabs=None, **size)
+        return ClipShare(slabs=self.slabbed["height" if num_frames == 1 else self.axis].clip(**size), **size)
+
+    def reconstruct(self, part: Float[Tensor, "3 t h w"], share: ClipShare, *, key: int | None) -> Reconstruction:
+        """A clip in [-1, 1] through encoder and decoder, or this rank's slab of it.
+
+        Args:
+            part: what this rank has of the clip, by `share.slab`.
+            share: which part that is.
             key: of the posterior's sample, where it has a spread; None takes its mean.
         """
-        assert self.group is None or self.group.size() == 1, "validation refuses context_parallel_size above 1"
-        weight = self.last_weight
-        posterior = self.network.posterior(self.network.moments(video[None].to(weight.device, weight.dtype)))
-        spread = key is not None and self.about["_class_name"] == HUNYUAN
-        latent = posterior.sample(key=key or 0) if spread else posterior.mean
-        return Reconstruction(pixels=self.network.pixels(latent[None])[0], posterior=posterior)
+        network, way = self.network, share.slabs
+        pixels = part[None].to(self.last_weight.device, self.last_weight.dtype)
+        posterior = network.posterior(network.moments(pixels) if way is None else way.encode(pixels))
+        latent = posterior.mean
+        if key is not None and self.about["_class_name"] == HUNYUAN:
+            shape = network.facts.latent_shape(share.num_frames, share.height, share.width)
+            latent = share.sample(posterior, shape=shape, key=key)
+        made = network.pixels(latent[None]) if way is None else way.decode(latent[None])
+        return Reconstruction(pixels=made[0], posterior=posterior)
 
 
 def new_network(settings: AutoencoderConfig, *, weights: str | None, load: bool, seed: int) -> TrainedNetwork:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,14 +14,18 @@ from torch import Tensor
 from megasora.config.autoencoder_run import AutoencoderEvalConfig
 from megasora.data.decoding.contract import normalise
 from megasora.media.likeness import psnr_of, ssim_of_frames
+from megasora.models.autoencoders.losses import Perceptual, perceptual_distance
 from megasora.parallel.groups import ParallelContext
+from megasora.training.autoencoder.averaged import averaged_weights
+from megasora.training.autoencoder.network import TrainedNetwork
+from megasora.training.autoencoder.share import ClipShare
 from megasora.training.autoencoder.step import AutoencoderTrainee
 from megasora.training.metrics import MetricsLog, film_strip
 from megasora.training.profiling import Place
 
 
 class Reconstruct:
-    """An event: every rank measures its share of the clips, rank 0 shows its first ones.
+    """An event: every replica measures its share of the clips, rank 0 shows its first ones.
 
     Args:
         clips: (name, pixels uint8 [3, T, H, W]) of all held-out clips.
@@ -40,25 +45,59 @@ class Reconstruct:
         """At multiples of the interval, also before the first step, and at the end."""
         return last or step % self.settings.interval_steps == 0
 
-    @torch.no_grad()
     def happen(self, trainee: AutoencoderTrainee) -> dict[str, Any]:
         """Measure and show; means over clips, PSNR in dB of each clip's mean squared error."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.context.device)
-        for number in range(self.context.rank, len(self.clips), self.context.world_size):
-            _, levels = self.clips[number]
-            video = normalise(levels.to(self.context.device))
-            made = trainee.network.reconstruct(video, key=None).pixels.float().clamp(-1, 1)
-            psnr, ssim = likeness(levels, levels_of(made))
-            lpips = float(trainee.lpips(video.transpose(0, 1), made.transpose(0, 1)).mean()) if trainee.lpips is not None else 0.0
-            sums += torch.tensor([psnr, ssim, lpips], dtype=torch.float64, device=sums.device)
-            if self.context.rank == 0 and number // self.context.world_size < self.settings.shown_clips:
-                strip = torch.cat([film_strip(video), film_strip(made)], dim=2)
+        average = trainee.ema if self.settings.weights == "ema" else None
+        with averaged_weights(trainee.network.module, average) if average is not None else nullcontext():
+            return self._measure(trainee)
+
+    @torch.no_grad()
+    def _measure(self, trainee: AutoencoderTrainee) -> dict[str, Any]:
+        context = self.context
+        sums = torch.zeros(3, dtype=torch.float64, device=context.device)
+        for number in range(context.at.dp, len(self.clips), context.topology.dp):
+            levels = self.clips[number][1].to(context.device)
+            share, slab = reconstructed(trainee.network, levels)
+            if trainee.lpips is not None:
+                sums[2] += _perceptual(trainee.lpips, levels, slab, share)
+            made = share.whole(slab)
+            if share.rank > 0:
+                continue
+            sums[:2] += torch.tensor(likeness(self.clips[number][1], levels_of(made)), dtype=torch.float64, device=sums.device)
+            if context.rank == 0 and number // context.topology.dp < self.settings.shown_clips:
+                strip = torch.cat([film_strip(normalise(levels)), film_strip(made)], dim=2)
                 self.log.add_images(f"reconstructions/{number}", strip, step=trainee.step)
         dist.all_reduce(sums)
         psnr, ssim, lpips = (sums / len(self.clips)).tolist()
         measured = {"psnr": psnr, "ssim": ssim, "lpips": lpips if trainee.lpips is not None else None}
-        said = f"step {trainee.step:>6}  held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f}" + (f", LPIPS {lpips:.4f}" if trainee.lpips else "")
-        return {"event": "reconstruct", "step": trainee.step, **measured, "clips": len(self.clips), "said": said}
+        of = " of the average" if self.settings.weights == "ema" else ""
+        said = f"step {trainee.step:>6}  held-out{of} PSNR {psnr:.2f} dB, SSIM {ssim:.4f}" + (
+            f", LPIPS {lpips:.4f}" if trainee.lpips else ""
+        )
+        return {
+            "event": "reconstruct",
+            "step": trainee.step,
+            "weights": self.settings.weights,
+            **measured,
+            "clips": len(self.clips),
+            "said": said,
+        }
+
+
+def reconstructed(network: TrainedNetwork, levels: Tensor) -> tuple[ClipShare, Tensor]:
+    """(this rank's part of a clip of levels uint8 [3, T, H, W], its reconstruction there, in [-1, 1]); the replica calls it together."""
+    _, frames, height, width = levels.shape
+    share = network.share(num_frames=frames, height=height, width=width)
+    made = network.reconstruct(share.pixels(levels, share.slab), share, key=None).pixels
+    return share, made.float().clamp(-1, 1)
+
+
+def _perceptual(lpips: Perceptual, levels: Tensor, made: Tensor, share: ClipShare) -> float:
+    """This rank's part of a clip's LPIPS."""
+    own = share.moved(made, source=share.slab, target=share.frames)
+    if not own.shape[1]:
+        return 0.0
+    return float(perceptual_distance(share.pixels(levels, share.frames), own, lpips=lpips, frames=share.num_frames))
 
 
 def levels_of(video: Tensor) -> Tensor:

@@ -16,10 +16,13 @@ from megasora.data.tiny_clips import make_tiny_clips
 from megasora.models.encoders.bundle import be_quiet
 from megasora.parallel import groups
 from megasora.parallel.determinism import use_deterministic_algorithms
+from megasora.training.autoencoder.teaching import with_teacher
 from megasora.training.autoencoder.trainer import AutoencoderTrainer
 from megasora.training.checkpoints import held_lease
 from megasora.training.trainer import StopRequest
 from megasora.training.vitals import open_sentry
+
+TINY_RECIPES = ("tiny_ae", "tiny_ae_distill")
 
 
 def train_autoencoder(config: AutoencoderRunConfig) -> None:
@@ -36,7 +39,8 @@ def train_autoencoder(config: AutoencoderRunConfig) -> None:
     be_quiet()
     if config.train.deterministic:
         use_deterministic_algorithms(device)
-    layout = ParallelConfig(timeout_minutes=config.parallel.timeout_minutes)
+    sharing = config.parallel
+    layout = ParallelConfig(context_parallel_size=sharing.context_parallel_size, timeout_minutes=sharing.timeout_minutes)
     context = groups.initialize(layout, device=device, num_attention_heads=1, seed=config.init.seed)
     run_dir = Path(config.run_dir or f"runs/{config.recipe}").absolute()
     if context.rank == 0:
@@ -44,6 +48,7 @@ def train_autoencoder(config: AutoencoderRunConfig) -> None:
     dist.barrier()
     with held_lease(run_dir / "checkpoints", take_over=config.checkpoint.take_over) as lease:
         config = with_clips(replace(config, run_dir=str(run_dir)), folder=run_dir / "assets")
+        config = with_teacher(config, folder=run_dir / "assets")
         if context.rank == 0:
             save_yaml(config, run_dir / "config.yaml")
         with open_sentry(config, context=context, run_dir=run_dir) as sentry:
@@ -51,14 +56,14 @@ def train_autoencoder(config: AutoencoderRunConfig) -> None:
 
 
 def with_clips(config: AutoencoderRunConfig, *, folder: Path) -> AutoencoderRunConfig:
-    """The config with a manifest; tiny_ae makes its clips where none is given. All ranks call it together.
+    """The config with a manifest; a tiny recipe makes its clips where none are given. All ranks call it together.
 
     Raises:
         UserError: another recipe left it open.
     """
     if config.data.manifest is not None:
         return config
-    if config.recipe != "tiny_ae":
+    if config.recipe not in TINY_RECIPES:
         raise UserError("no clips given: add --data.manifest TABLE (csv or parquet)")
     made: list[tuple[str, str] | None] = [None]
     if dist.get_rank() == 0:

@@ -20,8 +20,9 @@ from megasora.data.plan import SamplerState
 from megasora.models.autoencoders.discriminator import ClipDiscriminator
 from megasora.models.autoencoders.losses import Perceptual
 from megasora.parallel.groups import ParallelContext
-from megasora.training.autoencoder.backward import MEASURED, Losses, backward_clip
-from megasora.training.autoencoder.feed import ClipBatch
+from megasora.training.autoencoder.backward import AGAINST, ALIGNED, MEASURED, Losses, backward_clip
+from megasora.training.autoencoder.distillation import Distillation
+from megasora.training.autoencoder.feed import ClipBatch, OwnClip, levels_of_all
 from megasora.training.autoencoder.network import TrainedNetwork
 from megasora.training.guard import Guard
 from megasora.training.optimizer import (
@@ -77,6 +78,9 @@ class AutoencoderTrainee:
     ema: EMA | None
     dtype: torch.dtype
     lpips: Perceptual | None
+    distillation: Distillation | None = None
+    projector: Learning | None = None
+    """Of the distillation, where there is one."""
     sampler: SamplerState = field(default_factory=SamplerState)
     samples_seen: int = 0
     enter: Callable[[Place], object] = unwatched
@@ -85,13 +89,13 @@ class AutoencoderTrainee:
 
     @property
     def wrapped(self) -> list[nn.Module]:
-        """Both, as they are trained."""
-        return [*self.main.wrapped, *(self.adversary.wrapped if self.adversary is not None else [])]
+        """All, as they are trained."""
+        return [module for learner in self.learners for module in learner.wrapped]
 
     @property
     def learners(self) -> list[Learning]:
-        """The autoencoder, and the discriminator where there is one."""
-        return [self.main, *([self.adversary] if self.adversary is not None else [])]
+        """The autoencoder, the discriminator and the projector where there are any."""
+        return [learner for learner in (self.main, self.adversary, self.projector) if learner is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,7 @@ class AutoencoderMetrics:
 
     step: int
     loss: float
-    """Weighted sum without the discriminator, the mean of the step's clips; of the scale that loss.reduction says."""
+    """Weighted sum without discriminator and teacher, the mean of the step's clips; of the scale that loss.reduction says."""
     pixels: float
     """Mean distance of pixels in [-1, 1]."""
     lpips: float | None
@@ -127,6 +131,11 @@ class AutoencoderMetrics:
     discriminator: float | None
     logits_real: float | None
     logits_made: float | None
+    cosine: float | None
+    """Of the aligned features, mean relu(1 - margin - cosine); None without distillation."""
+    gram: float | None
+    alignment_balance: float | None
+    """What their sum was multiplied by."""
     grad_norm: float
     discriminator_norm: float | None
     lr: float
@@ -144,6 +153,8 @@ class AutoencoderMetrics:
         """For the log."""
         events = "".join(f" [{event['event']}]" for event in self.events)
         adversary = "" if self.discriminator is None else f"  D {self.discriminator:.3f}"
+        if self.cosine is not None:
+            adversary += f"  cosine {self.cosine:.4f}  gram {self.gram:.4f}"
         return (
             f"step {self.step:>6}  loss {self.loss:.4g}  pixels {self.pixels:.4f}{adversary}  grad {self.grad_norm:.3g}  lr {self.lr:.2e}  "
             f"{self.frames_per_s:,.1f} frames/s  {self.peak_memory_bytes / 2**30:.2f} GiB  wait {self.data_wait_s:.2f} s{events}"
@@ -188,6 +199,7 @@ def autoencoder_step(
     """One optimizer step on all ranks, unless something is wrong with its losses or its gradients."""
     trainee.enter("agree")
     counted, failed, asked, wait_s = _agree(batch, context=context, stop=stop)
+    good = _good(batch, context)
     skipped = _gather_skips(batch, context) if failed else []
     active = _active(trainee, config)
     trainee.enter("forward_backward")
@@ -198,15 +210,16 @@ def autoencoder_step(
         lpips=trainee.lpips,
         adversary=config.discriminator,
         discriminator=active.module if active is not None and isinstance(active.module, ClipDiscriminator) else None,
+        distillation=trainee.distillation,
     )
     sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=context.device)
-    for clip in batch.clips:
-        if isinstance(clip.video, Tensor):
-            sums += backward_clip(trainee.network, clip.video, losses_of=losses_of, draws=clip.draws, share=1 / counted)
+    for clip in good:
+        levels, features = levels_of_all(clip, context), clip.features
+        sums += backward_clip(trainee.network, levels, losses_of=losses_of, draws=clip.draws, share=1 / counted, features=features)
     trainee.enter("agree")
     dist.all_reduce(sums)
     means = dict(zip(MEASURED, (sums / max(counted, 1)).tolist(), strict=True))
-    learners = [trainee.main, *([active] if active is not None else [])]
+    learners = [learner for learner in (trainee.main, active, trainee.projector) if learner is not None]
     problem, norms = _update(trainee, learners, means, guard) if counted else (None, [0.0, 0.0])
     if problem is None:
         trainee.step += 1
@@ -235,6 +248,8 @@ def _update(trainee: AutoencoderTrainee, learners: list[Learning], means: dict[s
     problem = guard.problem_with_loss(means["objective"])
     if problem is None and not math.isfinite(means["discriminator"] + means["generator"]):
         problem = f"discriminator's loss is {means['discriminator']}, the generator's {means['generator']}"
+    if problem is None and not math.isfinite(means["cosine"] + means["gram"]):
+        problem = f"alignment with the teacher is {means['cosine']} and {means['gram']}"
     if problem is not None:
         return problem, unknown
     trainee.enter("optimizer")
@@ -243,7 +258,7 @@ def _update(trainee: AutoencoderTrainee, learners: list[Learning], means: dict[s
     norms = [ready_gradients(learner.optimizer) for learner in learners]
     problem = guard.problem_with_norm(norms[0])
     if problem is None and not all(map(math.isfinite, norms)):
-        problem = f"discriminator's gradient norm is {norms[1]}"
+        problem = f"gradient norms beside the autoencoder's are {norms[1:]}"
     if problem is not None:
         return problem, [*norms, math.nan][:2]
     for learner, norm in zip(learners, norms, strict=True):
@@ -256,8 +271,9 @@ def _update(trainee: AutoencoderTrainee, learners: list[Learning], means: dict[s
 
 def _agree(batch: ClipBatch, *, context: ParallelContext, stop: bool) -> tuple[int, int, bool, float]:
     """(clips that count, clips that failed, whether to stop, longest wait), the same on every rank, before a clip's share is used."""
-    failed = sum(isinstance(clip.video, str) for clip in batch.clips)
-    sums = torch.tensor([len(batch.clips) - failed, failed, float(stop)], dtype=torch.float64, device=context.device)
+    failed = sum(isinstance(clip.levels, str) for clip in batch.clips)
+    decoded = sum(isinstance(clip.levels, Tensor) for clip in batch.clips)
+    sums = torch.tensor([decoded, failed, float(stop)], dtype=torch.float64, device=context.device)
     longest = torch.tensor([batch.wait_s], dtype=torch.float64, device=context.device)
     dist.all_reduce(sums)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
@@ -265,10 +281,18 @@ def _agree(batch: ClipBatch, *, context: ParallelContext, stop: bool) -> tuple[i
     return int(counted), int(failures), asked > 0, float(longest)
 
 
+def _good(batch: ClipBatch, context: ParallelContext) -> list[OwnClip]:
+    """The replica's clips that could be decoded, the same on each of its ranks."""
+    decoded = torch.tensor([isinstance(clip.levels, Tensor) for clip in batch.clips], dtype=torch.int32, device=context.device)
+    if context.replica.size() > 1:
+        dist.all_reduce(decoded, group=context.replica)
+    return [clip for clip, there in zip(batch.clips, decoded.tolist(), strict=True) if there]
+
+
 def _gather_skips(batch: ClipBatch, context: ParallelContext) -> list[tuple[str, str]]:
     """(clip, reason) of all ranks; only called when some rank failed a clip, which all know."""
     gathered: list[Any] = [None] * context.world_size
-    dist.all_gather_object(gathered, [(clip.name, clip.video) for clip in batch.clips if isinstance(clip.video, str)])
+    dist.all_gather_object(gathered, [(clip.name, clip.levels) for clip in batch.clips if isinstance(clip.levels, str)])
     return [skip for part in gathered for skip in part]
 
 
@@ -283,15 +307,15 @@ def autoencoder_metrics(
 ) -> AutoencoderMetrics:
     """What a step reports."""
     means, on_gpu = result.means, context.device.type == "cuda"
-    against = {name: means[name] for name in ("generator", "balance", "discriminator", "logits_real", "logits_made")}
-    acted = not math.isnan(result.discriminator_norm)
+    acted, aligned = not math.isnan(result.discriminator_norm), trainee.distillation is not None
     return AutoencoderMetrics(
         step=trainee.step,
         loss=means["objective"],
         pixels=means["pixels"],
         lpips=means["lpips"] if trainee.lpips is not None else None,
         kl=means["kl"] if means["kl"] else None,
-        **{name: value if acted else None for name, value in against.items()},
+        **{name: means[name] if acted else None for name in AGAINST},
+        **{name: means[name] if aligned else None for name in ALIGNED},
         grad_norm=result.grad_norm,
         discriminator_norm=result.discriminator_norm if acted else None,
         lr=learning_rate(max(0, trainee.main.steps - 1), config=trainee.main.settings),

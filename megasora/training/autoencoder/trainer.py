@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megasora.checkpoint.lease import Lease
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.errors import UserError
+from megasora.config.schema import OptimizerConfig
 from megasora.data.decoding.choice import open_decoder
 from megasora.data.decoding.contract import Decoder
 from megasora.data.manifest import read_manifest
@@ -20,9 +21,10 @@ from megasora.models.autoencoders.losses import Perceptual
 from megasora.models.lpips import SMALLEST_SIDE, load_lpips
 from megasora.parallel.groups import ParallelContext
 from megasora.recovery.sentry import Sentry
+from megasora.training.autoencoder.cached_features import FeatureFeeder
 from megasora.training.autoencoder.checkpoints import AutoencoderCheckpoints
 from megasora.training.autoencoder.feed import ClipBatch, ClipFeeder, held_out_clips, plan_training_clips
-from megasora.training.autoencoder.network import TrainedNetwork, new_network, recompute_blocks
+from megasora.training.autoencoder.network import new_network, recompute_blocks
 from megasora.training.autoencoder.reconstruct import Reconstruct
 from megasora.training.autoencoder.start import AutoencoderStart, fill_from_run, find_autoencoder_start
 from megasora.training.autoencoder.step import (
@@ -34,6 +36,7 @@ from megasora.training.autoencoder.step import (
     autoencoder_step,
     build_learning,
 )
+from megasora.training.autoencoder.teaching import build_distillation, kept_of, open_features
 from megasora.training.events import Copy, Event, Save
 from megasora.training.optimizer import EMA, ensure_adam_state
 from megasora.training.profiling import open_profile
@@ -75,11 +78,17 @@ class AutoencoderTrainer(Trainer):
         self.clips, unfit = plan_training_clips(manifest.clips, config)
         refuse_small(self.clips, config)
         root = run_dir / "checkpoints"
+        self.features = open_features(config, self.clips, manifest_sha256=manifest.sha256)
         start = find_autoencoder_start(config, root=root)
         self.trainee = build_autoencoder_trainee(config, context=context, start=start)
         self.trainee.enter = self.vitals.enter
         self.checkpoints = AutoencoderCheckpoints(
-            root, lease=lease, config=config, context=context, data_sha256=manifest.sha256, about=self.trainee.network.about
+            root,
+            lease=lease,
+            config=config,
+            context=context,
+            data_sha256=manifest.sha256,
+            kept={"model": self.trainee.network.about, "distillation": kept_of(config)},
         )
         sentry.watch_saves(self.checkpoints.writing_since)
         resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
@@ -88,9 +97,9 @@ class AutoencoderTrainer(Trainer):
         self.held_out = self._held_out()
         self.begin(manifest=manifest, unfit=unfit)
 
-    def feeder(self) -> ClipFeeder:
+    def feeder(self) -> ClipFeeder | FeatureFeeder:
         """See `Trainer.feeder`."""
-        return ClipFeeder(
+        feeder = ClipFeeder(
             self.clips,
             config=self.config,
             context=self.context,
@@ -100,6 +109,9 @@ class AutoencoderTrainer(Trainer):
             left_out=self.guard.left_out,
             quarantine=self.quarantine,
         )
+        if self.features is None:
+            return feeder
+        return FeatureFeeder(feeder, self.features, workers=self.config.data.decode_workers)
 
     def take_step(self, batch: ClipBatch) -> AutoencoderStep:
         """See `Trainer.take_step`."""
@@ -109,7 +121,7 @@ class AutoencoderTrainer(Trainer):
         """See `Trainer.measured`."""
         return autoencoder_metrics(self.trainee, batch, result, context=self.context, seconds=seconds, events=events)
 
-    def at_steps(self, feeder: ClipFeeder) -> list[Event]:
+    def at_steps(self, feeder: ClipFeeder | FeatureFeeder) -> list[Event]:
         """See `Trainer.at_steps`."""
         saving = self.config.checkpoint
         save = Save(self.checkpoints, guard=self.guard, interval_steps=saving.interval_steps, last=saving.save_last)
@@ -122,9 +134,12 @@ class AutoencoderTrainer(Trainer):
         """See `Trainer.greet`."""
         config = self.config
         adversary = f"discriminator from step {config.discriminator.start_step}" if config.has_discriminator else "no discriminator"
-        name = self.trainee.network.about["_class_name"]
+        if config.has_distillation:
+            adversary += f", {config.distillation.layer} aligned with {config.distillation.cache or config.distillation.teacher}"
+        name, cp = self.trainee.network.about["_class_name"], self.context.topology.cp
+        sharing = f"{cp} to a clip in slabs of {config.parallel.context_parallel_axis}, " if cp > 1 else ""
         self.log.say(
-            f"{config.recipe}: {name} on {self.context.world_size} {config.device} rank(s), {adversary}; "
+            f"{config.recipe}: {name} on {self.context.world_size} {config.device} rank(s), {sharing}{adversary}; "
             f"{len(self.clips)} clips, steps {self.trainee.step + 1} to {config.train.steps}; {config.run_dir}"
         )
         for event in self.events:
@@ -144,7 +159,7 @@ class AutoencoderTrainer(Trainer):
 
 
 def refuse_small(clips: tuple[PlannedClip, ...], config: AutoencoderRunConfig) -> None:
-    """Refuse clips that are too small for the discriminator's or LPIPS's layers.
+    """Refuse clips that are too small for the discriminator's or LPIPS's layers, or no whole patches where ranks share them.
 
     Raises:
         UserError: names the size and the cure.
@@ -156,6 +171,13 @@ def refuse_small(clips: tuple[PlannedClip, ...], config: AutoencoderRunConfig) -
         raise UserError(
             f"clips of {least} pixels a side leave a discriminator of {config.discriminator.num_layers} layers less than 2 x 2 patches; "
             f"use --discriminator.num_layers {layers} or clips of {needed} pixels"
+        )
+    patch = 2**config.discriminator.num_layers
+    wrong = [clip.height for clip in clips if clip.height % patch]
+    if config.has_discriminator and config.parallel.context_parallel_size > 1 and wrong:
+        raise UserError(
+            f"ranks share a clip's rows in whole patches of the discriminator, {patch} pixels, and clips of {wrong[0]} rows are none; use "
+            "--data.aspect square, fewer --discriminator.num_layers, or --parallel.context_parallel_size 1"
         )
     if config.loss.lpips is not None and least < min(SMALLEST_SIDE.values()):
         raise UserError(f"clips of {least} pixels a side are too small for LPIPS; use {max(SMALLEST_SIDE.values())} or more")
@@ -175,24 +197,28 @@ def build_autoencoder_trainee(config: AutoencoderRunConfig, *, context: Parallel
         fill_from_run(network.module, start)
     recompute_blocks(network, config.autoencoder)
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    main = _learning(network, config, dtype=dtype, context=context)
+    distillation = build_distillation(config, network, device=context.device, dtype=dtype) if config.has_distillation else None
+    main = _learning(network.module, config.optimizer, dtype=dtype, context=context)
+    network = network.shared_by(context.replica, axis=config.parallel.context_parallel_axis)
     ema = EMA(main.optimizer, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay > 0 else None
     adversary = None
     if config.has_discriminator:
         settings = config.discriminator
         module = ClipDiscriminator(width=settings.width, num_layers=settings.num_layers, norm=settings.norm, dropout=settings.dropout)
         module.initialize(seed=config.init.seed)
-        initial = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
-        adversary = build_learning(module.train(), settings=settings.optimizer, dtype=dtype, context=context, initial=initial)
-        ensure_adam_state(adversary.optimizer, step=0)
-    return AutoencoderTrainee(network=network, main=main, adversary=adversary, ema=ema, dtype=dtype, lpips=lpips)
+        adversary = _learning(module.train(), settings.optimizer, dtype=dtype, context=context)
+    trainee = AutoencoderTrainee(network=network, main=main, adversary=adversary, ema=ema, dtype=dtype, lpips=lpips)
+    if distillation is not None:
+        trainee.distillation = distillation
+        trainee.projector = _learning(distillation.projector, config.distillation.optimizer, dtype=dtype, context=context)
+    return trainee
 
 
-def _learning(network: TrainedNetwork, config: AutoencoderRunConfig, *, dtype: torch.dtype, context: ParallelContext) -> Learning:
-    initial = {name: tensor.detach().clone() for name, tensor in network.module.named_parameters()}
-    main = build_learning(network.module, settings=config.optimizer, dtype=dtype, context=context, initial=initial)
-    ensure_adam_state(main.optimizer, step=0)
-    return main
+def _learning(module: nn.Module, settings: OptimizerConfig, *, dtype: torch.dtype, context: ParallelContext) -> Learning:
+    initial = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+    learning = build_learning(module, settings=settings, dtype=dtype, context=context, initial=initial)
+    ensure_adam_state(learning.optimizer, step=0)
+    return learning
 
 
 def _lpips(config: AutoencoderRunConfig, context: ParallelContext) -> Perceptual | None:

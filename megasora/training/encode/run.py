@@ -54,7 +54,7 @@ def run_encode(
     """
     ranks = ClipRanks.start(config, shares=settings.store != "text" and config.encoders.parallel != "none")
     folder = settings.output
-    with _file_errors(folder):
+    with disk_errors(folder):
         if ranks.leads:
             folder.mkdir(parents=True, exist_ok=True)
         config = ranks.agreed(lambda: _with_tiny_assets(config, folder=folder / "assets"))
@@ -113,7 +113,7 @@ def _make(
     plan: EncodePlan, folder: Path, record: CacheRecord, shards: Sequence[int], *, ranks: ClipRanks, on_progress: OnProgress | None
 ) -> tuple[int, int]:
     """Load what encodes and make the shards; returns (failed clips, bytes written)."""
-    _refuse_full_disk(folder, sum(plan.size.shard_bytes[shard] for shard in shards))
+    refuse_full_disk(folder, sum(plan.size.shard_bytes[shard] for shard in shards))
     config = plan.config
     device = ranks.device
     decoder: Decoder | None = None
@@ -127,7 +127,12 @@ def _make(
     return maker.failed, maker.bytes_written
 
 
-def _refuse_full_disk(folder: Path, needed: int) -> None:
+def refuse_full_disk(folder: Path, needed: int) -> None:
+    """Refuse shards that do not fit.
+
+    Raises:
+        UserError: says what they need, in bytes, and what there is.
+    """
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -136,7 +141,7 @@ def _refuse_full_disk(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def _file_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """What the operating system refuses, as one line; finished shards stay."""
     try:
         yield

@@ -36,12 +36,24 @@ class EncodeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeResult:
+class TeacherEncodeSettings:
+    """A teacher's features of every planned clip of a run of train-ae, stored once in shards that `--distillation.cache` reads."""
+
+    output: Path
+    """Folder of the cache."""
+    shard: str | None = None
+    """i/n: make the shards k with k % n = i. None takes SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or 0/1 without them."""
+    samples_per_shard: int = 256
+    """Planned clips of a shard (256 of 256px and 32 frames at stages.3 are 2.1 GB)."""
+    verify: bool = False
+    """Read finished shards and compare their SHA-256; damaged ones are made again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsResult:
     """What a task did."""
 
     output: str
-    size: CacheSize
-    """Of the whole cache."""
     made: tuple[int, ...]
     """Shards this task wrote."""
     kept: tuple[int, ...]
@@ -56,3 +68,11 @@ class EncodeResult:
     """Rows of the manifest that fit no shape; the reasons are in unplanned.jsonl."""
     bytes_written: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeResult(ShardsResult):
+    """What a task of a cache of latents and text did."""
+
+    size: CacheSize
+    """Of the whole cache."""

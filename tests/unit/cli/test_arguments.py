@@ -44,6 +44,8 @@ def commands(group: Group) -> dict[str, Command]:
         (["train", "tiny", "--train.stepz=4"], "no flag --train.stepz; did you mean --train.steps?"),
         (["train", "tiny", "again"], "no argument again"),
         (["forward", "--weigths", "x"], "no flag --weigths; did you mean --weights?"),
+        (["plan", "tiny", "--gpus", "8", "--top", "3"], "no flag --top (megasora plan --help lists what there is)"),  # compare's flag
+        (["data", "filter", "--whre", "3"], "data filter needs SOURCE (megasora data filter --help lists what there is)"),
         (["trian", "tiny"], "no command trian; did you mean train?"),
         (["data", "filtr", "t.parquet"], "no command filtr; did you mean filter?"),
         (["data", "pack_stats", "t.csv"], "no command pack_stats; did you mean pack-stats?"),

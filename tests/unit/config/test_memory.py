@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megasora import recipes
-from megasora.config.memory import memory_estimate, peak_in_flight
+from megasora.config.memory import host_bytes, memory_estimate, peak_in_flight
 from megasora.config.pack_tokens import fullest_pack
 from megasora.config.schema import RunConfig
 from megasora.config.validate import problems
@@ -101,6 +101,28 @@ def test_the_cure_that_is_named_cures(recipe: str, gpus: int, parallel: dict[str
             changes |= {"recompute_double_blocks": 0, "recompute_single_blocks": 0}
         config = replace(config, **{section: replace(getattr(config, section), **changes)})
     assert not problems(config, world_size=gpus)
+
+
+def test_moments_below_fp32_are_halved_and_widened_for_the_step() -> None:
+    """11.89 B parameters over 224 ranks: 12 bytes of master and moments each, 8 with both moments in two; while Adam steps 8 more."""
+    config = on_gpus("opensora2_stage1")
+    narrow = replace(config, optimizer=replace(config.optimizer, exp_avg_dtype="bf16", exp_avg_sq_dtype="fp16", eps=1e-8))
+    wide, small = (memory_estimate(of, world_size=224) for of in (config, narrow))
+    assert small.optimizer == pytest.approx(wide.optimizer * 8 / 12)
+    assert wide.adam_copies == small.adam_copies == 0  # activations take more room, and are gone by then
+    tiny = replace(narrow, data=replace(narrow.data, global_tokens=10_000))
+    alone = memory_estimate(tiny, world_size=1)
+    rest = alone.activations + alone.working_set + alone.workspace
+    assert alone.adam_copies + rest == pytest.approx(max(rest, 8 * 11.89e9), rel=1e-3)
+
+
+def test_offloaded_inputs_are_in_host_memory() -> None:
+    """57 inputs of 38,272 x 3,072 bf16 numbers, 0.235 GB each: all but the last leave, and 256 MiB of the host are taken for each."""
+    config, offloaded = on_gpus("opensora2_stage3"), on_gpus("opensora2_stage3", offload="inputs")
+    kept, stays = (memory_estimate(of, world_size=192).activations for of in (config, offloaded))
+    assert kept - stays == 56 * 38_272 * 3_072 * 2
+    assert host_bytes(offloaded, world_size=192) == 56 * 2**28
+    assert host_bytes(config, world_size=192) == 0
 
 
 def test_zero_stages_share_out_one_part_after_another() -> None:

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from megasora import recipes
 from megasora.config.memory import model_state_bytes
+from megasora.config.optimizer_checks import SMALLEST_RATE
 from megasora.config.parameters import parameter_count
 from megasora.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megasora.config.validate import problems
@@ -38,6 +40,8 @@ def blamed(config: RunConfig, *, world_size: int = 8) -> list[str]:
         ("parallel", {"ulysses_size": 2}, "parallel.ulysses_size"),
         ("parallel", {"overlap_param_gather": True, "overlap_grad_reduce": False}, "parallel.overlap_param_gather"),
         ("parallel", {"recompute": "count"}, "parallel.recompute"),
+        ("parallel", {"offload": "inputs"}, "parallel.offload"),
+        ("optimizer", {"exp_avg_dtype": "bf16"}, "optimizer.exp_avg_dtype"),  # kept by an Adam that needs CUDA
         ("parallel", {"tensor_model_parallel_size": 0}, "parallel.tensor_model_parallel_size"),
         ("parallel", {"pipeline_model_parallel_size": 0}, "parallel.pipeline_model_parallel_size"),
         ("model", {"num_attention_heads": 0}, "model.num_attention_heads"),
@@ -183,11 +187,11 @@ def test_memory_matches_the_written_table(world: int, tp: int, gigabytes: float)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_fully_sharded_weights_refuse_fp8_and_overlaps_of_megatron(stage: int) -> None:
+def test_fully_sharded_weights_take_fp8_and_refuse_overlaps_of_megatron(stage: int) -> None:
     config = replace(recipes.get("tiny"), device="cuda")
     config = replace(config, precision=replace(config.precision, dtype="bf16"), parallel=replace(config.parallel, zero_stage=stage))
     assert blamed(config) == []
-    assert blamed(replace(config, precision=replace(config.precision, fp8="tensorwise"))) == ["parallel.zero_stage"]
+    assert blamed(replace(config, precision=replace(config.precision, fp8="tensorwise"))) == []
     overlapping = replace(config.parallel, overlap_grad_reduce=True, overlap_param_gather=True)
     assert blamed(replace(config, parallel=overlapping)) == ["parallel.overlap_grad_reduce", "parallel.overlap_param_gather"]
 
@@ -207,3 +211,29 @@ def test_memory_of_shared_gradients_and_weights(stage: int, world: int, tp: int,
     parallel = replace(config.parallel, tensor_model_parallel_size=tp, zero_stage=stage)
     config = replace(config, optimizer=replace(config.optimizer, ema_decay=0.0), parallel=parallel)
     assert model_state_bytes(config, world_size=world) / 1e9 == pytest.approx(gigabytes, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "fields"),
+    [
+        ({"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp16", "eps": 1e-8}, []),
+        ({"exp_avg_sq_dtype": "bf16", "beta2": 0.99}, []),
+        ({"exp_avg_sq_dtype": "bf16", "beta2": 0.999}, ["optimizer.exp_avg_sq_dtype"]),
+        ({"exp_avg_sq_dtype": "fp16", "beta2": 0.9999, "eps": 1e-8}, ["optimizer.exp_avg_sq_dtype"]),
+        ({"exp_avg_sq_dtype": "fp16", "eps": 1e-15}, ["optimizer.eps"]),
+        ({"exp_avg_dtype": "bf16", "beta1": 0.999}, ["optimizer.exp_avg_dtype"]),
+    ],
+)
+def test_moments_that_would_stand_still_are_refused(values: dict[str, Any], fields: list[str]) -> None:
+    config = replace(changed("optimizer", **values), device="cuda")
+    assert blamed(config) == fields
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_a_moment_that_is_refused_stands_still_and_one_that_is_not_moves(kind: str) -> None:
+    """The rule, by the formats themselves: x (1 - rate) of every x between 1 and 2, and just below."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[kind]
+    values = torch.linspace(0.5, 2, 3 * 2**11 + 1).to(dtype).unique().double()
+    moves = [(values * (1 - rate)).to(dtype).double() != values for rate in (SMALLEST_RATE[kind] * 1.001, SMALLEST_RATE[kind] * 0.49)]
+    assert moves[0].all()
+    assert not moves[1].all()

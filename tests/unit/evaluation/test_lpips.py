@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,10 @@ def write_weights(folder: Path, backbone: Backbone) -> nn.Sequential:
     return features
 
 
-def reference(backbone: Backbone, features: nn.Sequential, a: Tensor, b: Tensor) -> Tensor:
-    """lpips/lpips.py, LPIPS.forward, with the layers torchmetrics took over from there."""
+def reference_maps(backbone: Backbone, features: nn.Sequential, a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """Each layer's map in lpips/lpips.py, LPIPS.forward, with the layers torchmetrics took over from there."""
     lin = torch.load(LIN / f"{backbone}.pth", map_location="cpu", weights_only=True)
-    scaling, total = ScalingLayer(), torch.zeros(len(a), 1, 1, 1)
+    scaling = ScalingLayer()
     x, y = scaling(a), scaling(b)
     start = 0
     for k, (stop, width) in enumerate(zip(SLICES[backbone], WIDTHS[backbone], strict=True)):
@@ -75,8 +76,12 @@ def reference(backbone: Backbone, features: nn.Sequential, a: Tensor, b: Tensor)
         start = stop
         layer = NetLinLayer(width, use_dropout=True).eval()
         layer.load_state_dict({"model.1.weight": lin[f"lin{k}.model.1.weight"]})
-        total = total + _spatial_average(layer((_normalize_tensor(x) - _normalize_tensor(y)) ** 2), keep_dim=True)
-    return total.flatten()
+        yield layer((_normalize_tensor(x) - _normalize_tensor(y)) ** 2)
+
+
+def reference(backbone: Backbone, features: nn.Sequential, a: Tensor, b: Tensor) -> Tensor:
+    """lpips/lpips.py, LPIPS.forward."""
+    return sum(_spatial_average(layer, keep_dim=True) for layer in reference_maps(backbone, features, a, b)).flatten()  # type: ignore
 
 
 @pytest.mark.parametrize("backbone", ["alex", "vgg"])
@@ -134,3 +139,18 @@ def test_missing_and_strange_tensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w" / "third.pth").write_bytes(b"nothing")
     with pytest.raises(UserError, match="holds no tensors"):
         load_lpips(tmp_path / "w")
+
+
+@pytest.mark.parametrize("backbone", ["alex", "vgg"])
+@torch.no_grad()
+def test_the_spatial_mean_is_that_of_the_references_map(tmp_path: Path, backbone: Backbone) -> None:
+    # lpips/lpips.py with spatial=True: every layer's map through nn.Upsample(out_HW, mode="bilinear", align_corners=False), summed
+    features = write_weights(tmp_path / "w", backbone)
+    a, b = torch.rand(2, 3, 61, 45) * 2 - 1, torch.rand(2, 3, 61, 45) * 2 - 1
+    b[:, :, :32] = a[:, :, :32]  # equal in part, and no multiple of the layers' strides, so that the rims weigh
+    grow = nn.Upsample(size=(61, 45), mode="bilinear", align_corners=False)
+    expected = sum(grow(layer) for layer in reference_maps(backbone, features, a, b)).mean(dim=(1, 2, 3))  # type: ignore[attr-defined]
+    lpips = load_lpips(tmp_path / "w")
+    torch.testing.assert_close(lpips.spatial_mean(a, b), expected, rtol=1e-5, atol=1e-7)
+    if backbone == "alex":  # its strides are wide enough for the two to differ visibly
+        assert not torch.allclose(lpips(a, b), expected, rtol=1e-4)

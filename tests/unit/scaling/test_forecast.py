@@ -124,6 +124,21 @@ def test_encoding_is_shared_out_and_gone_with_a_cache() -> None:
     assert beside.parts.data == pytest.approx(encode_flops(clip, config.encoders) / 168e12)  # two clips, four ranks: one each
 
 
+def test_ranks_on_one_computer_slow_each_others_encoders_and_optimizers() -> None:
+    """Four ranks that keep half a core each share out a step's clips: two ranks' worth of time."""
+    machine = replace(H100, device="cpu", feed_s=1e-6, rates=replace(H100.rates, encoder=0.0))
+    shared = replace(machine, compute_loss=((1.0, 1.0), (2.0, 1.0), (4.0, 0.5)))
+    config = recipes.get("opensora2_stage3")
+    config = replace(config, parallel=replace(config.parallel, context_parallel_size=4), data=replace(config.data, num_microbatches=8))
+    (packs,) = steps_of(config, planned_clips(config), world_size=4)
+    clips = [clip for pack in packs.computed(0) for clip in pack]
+    most = -(-len(clips) // 4) * clips[0].tokens
+    apart, together = (forecast_step(config, packs, world_size=4, hardware=one).parts for one in (machine, shared))
+    assert apart.data == pytest.approx(1e-6 * most)
+    assert together.data == pytest.approx(2 * apart.data)
+    assert together.optimizer == pytest.approx(2 * apart.optimizer)
+
+
 def test_failures_cost_half_an_interval_and_a_restart() -> None:
     step = StepForecast(
         step_time_s=10.0,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megasora.perf.hardware import Link
-from megasora.perf.network import collective_s, placement_of, placement_of_ranks
+from megasora.perf.network import collective_s, placement_of
 from megasora.perf.profiles import H100
 
 INNER = Link(bytes_per_s=400.0, latency_s=0.0, ranks=8, source="")
@@ -50,5 +50,4 @@ def test_latency_grows_with_ranks_inside_and_with_the_log_of_domains_across() ->
 def test_a_neighbouring_stage_is_in_the_node_only_where_the_stride_says_so() -> None:
     assert placement_of(size=2, stride=4, domain=8).per_domain == 2
     assert placement_of(size=2, stride=8, domain=8).per_domain == 1
-    assert placement_of_ranks([0, 4, 8, 12], domain=8).per_domain == 2
     assert placement_of(size=16, stride=1, domain=0).domains == 1

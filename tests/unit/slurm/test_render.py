@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from megasora import cli, recipes
+from megasora.cli.commands import supervise
 from megasora.cli.parsing import parse
+from megasora.config.errors import UserError
+from megasora.config.io import save_yaml
 from megasora.slurm.flags import changed_flags
 from megasora.slurm.job import seconds
 from megasora.slurm.template import _default
@@ -104,6 +107,21 @@ def test_a_preemptible_job_saves_often_and_restarts_without_end(capsys: pytest.C
     assert "flags=(--checkpoint.interval_steps 50)" in text
 
 
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_an_autoencoder_s_job_trains_with_train_ae(launcher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["dc_ae_stage2", "--nodes", "2", "--gpus_per_node", "4", "--launcher", launcher, "--device", "cpu", "--precision.dtype", "fp32"]
+    text = rendered([*words, "--run", "runs/one", "--parallel.context_parallel_size", "2", "--preemptible"], capsys)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert 'megasora train-ae "$@"' in text and "megasora train " not in text and "ENCODERS" not in text
+    assert "--parallel.context_parallel_size 2" in text and "--checkpoint.interval_steps 200" in text
+    assert '[ -n "$LPIPS" ] && flags+=(--loss.lpips "$LPIPS")' in text and "RUN=${RUN:-runs/one}" in text
+    assert ': "${LPIPS:?' in text and "LPIPS=lpips sbatch" in text  # asked for, as it was not given
+    given = rendered([*words, "--lpips", "weights"], capsys)
+    assert "LPIPS=${LPIPS:-weights}" in given and "RUN=runs/BEFORE" in given
+    assert "init.run: and init.weights are both given" in refused([*words, "--run", "a", "--weights", "b"], capsys)
+    assert "which does not divide 8 rank(s)" in refused([*words, "--parallel.context_parallel_size", "3"], capsys)
+
+
 def test_programs_get_the_file_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "job.sbatch"
     data = json.loads(rendered(["tiny", "--nodes", "2", "--gpus_per_node", "4", "--output", str(file), "--json"], capsys))
@@ -145,3 +163,14 @@ def test_each_autoencoder_has_its_folder(capsys: pytest.CaptureFixture[str]) -> 
     text = rendered(["opensora2_dc_ae", "--nodes", "20"], capsys)
     assert '--encoders.vae "$ENCODERS/dc-ae"' in text and "hunyuan" not in text
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_supervise_and_status_know_an_autoencoder_s_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("train-ae", "tiny_ae", "--run_dir", str(tmp_path))
+    assert supervise._run_dir(supervise.Args(words=words)) == tmp_path
+    with pytest.raises(UserError, match="megasora supervise -- train RECIPE"):
+        supervise._run_dir(supervise.Args(words=("sample", "tiny")))
+    save_yaml(recipes.get_autoencoder("tiny_ae"), tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
+    cli.main(["slurm", "status", str(tmp_path)])
+    assert capsys.readouterr().out == "step 7 of 400\n"

@@ -10,9 +10,9 @@ import tyro
 
 from megasora.cli.endings import Answer, file_errors, lines, rank
 from megasora.cli.progress import row_bar
-from megasora.cli.recipe_arguments import RecipeArgs, config_defaults
+from megasora.cli.recipe_arguments import AutoencoderArgs, RecipeArgs, autoencoder_defaults, config_defaults, names_autoencoder
 from megasora.config.io import to_dict
-from megasora.training.encode.settings import EncodeSettings
+from megasora.training.encode.settings import EncodeSettings, TeacherEncodeSettings
 
 EXTRA = "data"
 
@@ -26,13 +26,46 @@ class Args(RecipeArgs):
     """Print JSON."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfAutoencoder(AutoencoderArgs):
+    """The teacher's features of every clip of a run of train-ae with distillation, once, into shards that `--distillation.cache` reads."""
+
+    settings: Annotated[TeacherEncodeSettings, tyro.conf.arg(name="")]
+    json: bool = False
+    """Print JSON."""
+
+
+OTHERS = (OfAutoencoder,)
+
+
+def kind_of(words: Sequence[str]) -> type:
+    """Of a recipe of a diffusion transformer, or of an autoencoder."""
+    return OfAutoencoder if names_autoencoder(words) else Args
+
+
 def defaults(words: Sequence[str]) -> Mapping[str, Any]:
     """The recipe's settings."""
-    return config_defaults(words, command="data encode")
+    return (autoencoder_defaults if names_autoencoder(words) else config_defaults)(words, command="data encode")
 
 
-def run(args: Args) -> Answer | None:
-    """Write this task's shards; under torchrun its ranks share out each clip."""
+def _of_autoencoder(args: OfAutoencoder) -> Answer:
+    from megasora.training.encode.teacher import encode_teacher
+
+    interrupted = f"interrupted; finished shards are kept in {args.settings.output}: the same command goes on"
+    with row_bar("encode") as bar, file_errors(interrupted):
+        result = encode_teacher(
+            args.config,
+            args.settings,
+            on_start=lambda line: None if args.json else print(line),
+            on_progress=lambda done, total, _: bar.update(done, total, 0),
+        )
+    return Answer(data=to_dict(result), show=lines(_lines(result)))
+
+
+def run(args: Args | OfAutoencoder) -> Answer | None:
+    """Write this task's shards; of latents and text, under torchrun its ranks share out each clip."""
+    if isinstance(args, OfAutoencoder):
+        return _of_autoencoder(args)
     from megasora.training.encode.run import run_encode
 
     interrupted = f"interrupted; finished shards are kept in {args.settings.output}: the same command goes on"
