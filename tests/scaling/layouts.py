@@ -11,8 +11,8 @@ from megasora.scaling.workload import Clips
 SMALL = ModelConfig(
     hidden_size=512,
     num_attention_heads=8,
-    num_double_blocks=2,
-    num_single_blocks=3,
+    num_double_blocks=3,
+    num_single_blocks=5,
     ffn_hidden_size=2048,
     in_channels=64,
     text_dim=96,
