@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -88,6 +87,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm"))
         self.environment = {**os.environ, "PATH": SEARCHED, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._held_port: socket.socket | None = None
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         try:
             self._configure(cpus)
@@ -98,7 +98,7 @@ class Cluster:
 
     def _configure(self, cpus: int) -> None:
         host, memory = socket.gethostname().split(".")[0], psutil.virtual_memory().total >> 20
-        port = _free_ports(len(self.nodes) + 1)
+        self._held_port, port = _free_ports(len(self.nodes) + 1)
         lines = [
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + number} CPUs={cpus} RealMemory={memory} State=UNKNOWN"
             for number, name in enumerate(self.nodes, start=1)
@@ -199,22 +199,27 @@ class Cluster:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
             process.kill()
+        if self._held_port is not None:
+            self._held_port.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _free_ports(count: int) -> int:
-    """First of so many free ports in a row, below those that the system deals out."""
-    for start in range(11000 + os.getpid() % 2000, 30000, 100):
-        sockets: list[Any] = []
+def _free_ports(count: int) -> tuple[socket.socket, int]:
+    """(a port that is held, the first of so many free ports behind it), below those that the system deals out.
+
+    Whoever holds the first has the others too: clusters that start at the same time cannot take the same ones.
+    """
+    for first in range(11000, 30000, 100):
+        sockets: list[socket.socket] = []
         try:
-            for port in range(start, start + count):
-                opened = socket.socket()
-                sockets.append(opened)
-                opened.bind(("127.0.0.1", port))
-            return start
+            for port in range(first, first + count + 1):
+                sockets.append(socket.socket())
+                sockets[-1].bind(("127.0.0.1", port))
         except OSError:
+            sockets[0].close()
             continue
         finally:
-            for opened in sockets:
+            for opened in sockets[1:]:
                 opened.close()
+        return sockets[0], first + 1
     raise ClusterError("no free ports")
