@@ -21,9 +21,9 @@ def count_copies(memory: EmulatedMemory) -> list[str | None]:
     sources: list[str | None] = []
     real = memory._copy
 
-    def copy(source: Any, *, non_blocking: bool) -> None:
+    def copy(target: Any, source: Any, *, non_blocking: bool) -> None:
         sources.append(source)
-        real(source, non_blocking=non_blocking)
+        real(target, source, non_blocking=non_blocking)
 
     memory._copy = copy  # type: ignore[method-assign]
     return sources
