@@ -10,17 +10,24 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch.multiprocessing as mp
+
+if TYPE_CHECKING:
+    from megasora.data.tiny_clips import Source
 
 POOL_SIZE = 8
 IMPORTED = (
@@ -44,12 +51,34 @@ class RankFailedError(RuntimeError):
     """A rank raised; the message holds its traceback."""
 
 
-def _seed(pipes: list[Connection], paths: list[str], prepare: tuple[str, str] | None) -> None:
+def _encode_once(folder: Path) -> None:
+    """Each of `tiny`'s clips is encoded once for all jobs: x264 writes other files at times (docs/log.md), and two runs that are compared would
+    train on other pictures."""
+    from megasora.config.files import written_whole
+    from megasora.data import tiny_clips
+
+    encode = tiny_clips._make
+
+    def copied(target: Path, number: int, source: Source) -> dict[str, object]:
+        kept = folder / f"{number}_{zlib.crc32(repr(source).encode()):08x}"
+        if not kept.exists():
+            with contextlib.suppress(OSError), written_whole(kept) as temporary:  # another rank may have been quicker
+                temporary.mkdir(parents=True)
+                (temporary / "row.json").write_text(json.dumps(encode(temporary, number, source)))
+        row: dict[str, object] = json.loads((kept / "row.json").read_text())
+        shutil.copy(kept / str(row["path"]), target)
+        return row
+
+    tiny_clips._make = copied
+
+
+def _seed(pipes: list[Connection], paths: list[str], clips: Path, prepare: tuple[str, str] | None) -> None:
     """Import what ranks need once, then become each rank that is asked for: a rank is a fork of this process, which computes nothing.
 
     Args:
         pipes: this process's, then one for each rank.
         paths: the parent's sys.path.
+        clips: folder that keeps the clips that jobs make.
         prepare: module and function to call before Megatron is imported.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -67,6 +96,7 @@ def _seed(pipes: list[Connection], paths: list[str], prepare: tuple[str, str] | 
     enable_cpu_backend()
     for name in IMPORTED:
         importlib.import_module(name)
+    _encode_once(clips)
     gc.freeze()  # what is imported stays; collections look at what jobs leave
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended ranks leave no zombies
     own, *of_ranks = pipes
@@ -149,8 +179,10 @@ class RankPool:
         if self._seed is None:
             context = mp.get_context("spawn")
             ours, theirs = zip(*(context.Pipe() for _ in range(1 + self.size)), strict=True)
+            clips = Path(self._folder.name) / "clips"
+            clips.mkdir()
             # not daemonic: Megatron's checkpoint writer starts processes of its own
-            self._seed = context.Process(target=_seed, args=(list(theirs), list(sys.path), self._prepare), daemon=False)
+            self._seed = context.Process(target=_seed, args=(list(theirs), list(sys.path), clips, self._prepare), daemon=False)
             self._seed.start()
             for pipe in theirs:
                 pipe.close()
