@@ -52,8 +52,10 @@ class RankFailedError(RuntimeError):
 
 
 def _encode_once(folder: Path) -> None:
-    """Each of `tiny`'s clips is encoded once for all jobs: x264 writes other files at times (docs/log.md), and two runs that are compared would
-    train on other pictures."""
+    """Each of `tiny`'s clips is encoded once for all jobs.
+
+    x264 writes other files at times (docs/log.md), and two runs that are compared would train on other pictures.
+    """
     from megasora.config.files import written_whole
     from megasora.data import tiny_clips
 
