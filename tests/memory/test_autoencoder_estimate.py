@@ -102,6 +102,7 @@ def allocated_on_rank(rank: int, case: Case, config: AutoencoderRunConfig) -> in
         clips = [
             OwnClip(
                 name=str(number),
+                sample=number,
                 shape=case.clip,
                 decoder=number % context.replica.size(),
                 levels=torch.randint(256, (3, *case.clip), dtype=torch.uint8) if number % context.replica.size() == context.at.cp else None,
