@@ -36,7 +36,7 @@ lint: $(STAMP)
 	@! $(BIN)/python -c "import torchvision" 2>/dev/null || { echo "torchvision is installed; it breaks CPU torch: pip uninstall torchvision"; exit 1; }
 
 test: lint $(EMULATED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/mmdit_step.py

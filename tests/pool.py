@@ -8,6 +8,7 @@ first needs it, and the ranks are its forks.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -45,6 +46,8 @@ IMPORTED = (
 )
 """What jobs load, and most of it a second or more: once, before the first fork."""
 TIMEOUT_S = 240.0
+STACKS = signal.SIGRTMIN
+"""Has a rank write where its threads are; nothing of the project uses it."""
 
 
 class RankFailedError(RuntimeError):
@@ -84,6 +87,7 @@ def _seed(pipes: list[Connection], paths: list[str], clips: Path, prepare: tuple
         prepare: module and function to call before Megatron is imported.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a process with another thread is not safely forked
     sys.path[:0] = [path for path in paths if path not in sys.path]
     import warnings
 
@@ -118,6 +122,7 @@ def _seed(pipes: list[Connection], paths: list[str], clips: Path, prepare: tuple
             for number, pipe in enumerate(of_ranks):
                 if number != rank:
                     pipe.close()
+            faulthandler.register(STACKS, file=(clips.parent / f"stacks{rank}").open("w"), all_threads=True)
             _serve(rank, of_ranks[rank])
             os._exit(0)
 
@@ -214,7 +219,7 @@ class RankPool:
         silent = False
         for rank, pipe in enumerate(self._pipes[:world_size]):
             if not pipe.poll(5.0 if failures else self.timeout_s):
-                failures.append(f"rank {rank} did not answer")
+                failures.append(f"rank {rank} did not answer:\n{self._stacks(rank)}")
                 silent = True
                 continue
             status, value = pipe.recv()
@@ -244,6 +249,13 @@ class RankPool:
         time.sleep(0.1)
         self._kill(world_size)
         return not ended
+
+    def _stacks(self, rank: int) -> str:
+        """Where the threads of a rank are, if it still says so."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._ranks[rank], STACKS)
+            time.sleep(1)
+        return (Path(self._folder.name) / f"stacks{rank}").read_text()
 
     def _kill(self, world_size: int) -> None:
         """End the first ranks at once, with what they still had to say."""

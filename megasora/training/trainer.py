@@ -217,10 +217,11 @@ class Trainer(ABC):
             return "feed"
         self.applied = batch.plan.position
         last = trainee.step == config.train.steps or result.stop
+        self.events += self.checkpoints.happened(last=False)  # before this step's save: none is committed whose step has no record
         self._happen(due(at_steps, trainee.step, last=last))
         if last:
             self.vitals.enter("save")
-        self.events += self.checkpoints.happened(last=last)
+            self.events += self.checkpoints.happened(last=True)
         if result.stop:
             self.events.append({"event": "stop", "reason": "SIGTERM or SIGUSR1"})
         self.events += self.vitals.after_step(trainee.step)

@@ -10,6 +10,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from megasora.checkpoint.source import open_source
 from megasora.config.schema import ParallelConfig, RunConfig
 from megasora.models.mmdit.initialization import initial_values
 from megasora.parallel.shards import Piece
+from megasora.training.checkpoints import RunCheckpoints
+from megasora.training.metrics import MetricsLog, StepRecord
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
 from tests.parallel.test_parity import layout
 from tests.pool import RankFailedError, RankPool
@@ -89,6 +93,34 @@ def test_a_memory_limit_takes_more_micro_batches_and_keeps_the_curve(pool: RankP
     limited = tiny_run(tmp_path / "run", steps=8, parallel=layout(tp=2, pp=2, vp=2), data={"max_pack_tokens": 110})
     pool.run(4, train_on_rank, limited)
     assert_same_curve(tmp_path / "run", straight, steps=8)
+
+
+def steps_saved_before_their_record(rank: int, config: RunConfig) -> list[int]:
+    """Train with all the time in the world for saves to be written and committed; the steps whose checkpoint was there first."""
+    early: list[int] = []
+    happened, write = RunCheckpoints.happened, MetricsLog.write
+
+    def late(checkpoints: RunCheckpoints[Any], *, last: bool) -> list[dict[str, Any]]:
+        time.sleep(0.3)
+        return happened(checkpoints, last=last)
+
+    def looked(log: MetricsLog, record: StepRecord) -> None:
+        time.sleep(0.3)
+        early.extend(
+            entry.step for entry in store.complete_checkpoints(Path(str(config.run_dir)) / "checkpoints") if entry.step >= record.step
+        )
+        write(log, record)
+
+    with mock.patch.object(RunCheckpoints, "happened", late), mock.patch.object(MetricsLog, "write", looked):
+        train_on_rank(rank, config)
+    return early
+
+
+def test_a_checkpoint_is_not_there_before_its_step_is_recorded(pool: RankPool, straight: Path, tmp_path: Path) -> None:
+    """A rank that dies between the two would leave a step out of metrics.jsonl. The last step's record tells of its own checkpoint."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "assets").symlink_to(straight / "assets")
+    assert pool.run(1, steps_saved_before_their_record, tiny_run(tmp_path / "run", steps=4, interval_steps=1, parallel=layout())) == [[4]]
 
 
 @pytest.mark.slow
