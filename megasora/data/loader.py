@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -233,3 +233,22 @@ class ClipLoader:
                     ", ".join(paths),
                     self._timeout_s,
                 )
+
+
+def decoded_ahead(
+    requests: Iterable[DecodeRequest], *, decoder: Decoder, workers: int, ahead: int, timeout_s: float = DECODE_TIMEOUT_S
+) -> Generator[Decoded, None, None]:
+    """Each clip as uint8 pixels, or why there is none, in order; coming ones are decoded meanwhile. Close it to stop the threads.
+
+    Args:
+        requests: one for each clip.
+        decoder, workers, timeout_s: see `ClipLoader`.
+        ahead: clips decoded before they are asked for.
+    """
+    steps = ([request] for request in requests)
+    loader = ClipLoader(steps, decoder=decoder, workers=workers, ahead=ahead, timeout_s=timeout_s, give="pixels")
+    try:
+        for step in loader:
+            yield step.clips[0]
+    finally:
+        loader.close()

@@ -27,7 +27,7 @@ from megasora.models.autoencoders.discriminator import ClipDiscriminator
 from megasora.models.lpips import Lpips, expected_shapes
 from megasora.perf.allocations import Allocations
 from megasora.training.autoencoder.backward import ClipDraws, Losses, backward_clip
-from megasora.training.autoencoder.network import TrainedNetwork, new_network, recompute_blocks
+from megasora.training.autoencoder.network import TrainedNetwork, new_discriminator, new_network, recompute_blocks
 
 Clip = tuple[int, int, int]
 """Frames, height, width."""
@@ -183,9 +183,8 @@ def _network(config: AutoencoderRunConfig, dtype: torch.dtype) -> TrainedNetwork
 def _discriminator(config: AutoencoderRunConfig, dtype: torch.dtype) -> ClipDiscriminator | None:
     if not config.has_discriminator:
         return None
-    settings = config.discriminator
     with torch.device("meta"):
-        module = ClipDiscriminator(width=settings.width, num_layers=settings.num_layers, norm=settings.norm, dropout=settings.dropout)
+        module = new_discriminator(config.discriminator)
     _make(module, dtype)
     return module
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megasora.config.errors import UserError
 from megasora.data.decoding.contract import DecodeError, DecodeRequest
 from megasora.data.decoding.pyav import PyAVDecoder
-from megasora.data.loader import ClipLoader
+from megasora.data.loader import decoded_ahead
 from megasora.evaluation.autoencoders.cells import Cell, Cells, key_of
 from megasora.evaluation.autoencoders.clips import SourceClip, find_clips
 from megasora.evaluation.autoencoders.frechet import FeatureNetwork
@@ -195,7 +195,8 @@ def _work(tasks: Sequence[Task], cells: Cells, *, device: torch.device, tools: T
     done, failed = len(tasks) - len(todo), sum(task.request is None for task in tasks)
     loaded: tuple[Subject, Autoencoder] | None = None
     warm: set[tuple[str, Shape]] = set()
-    for task, levels in _decoded(todo, decoder):
+    requests = (task.request for task in todo if task.request is not None)
+    for task, levels in zip(todo, decoded_ahead(requests, decoder=decoder, workers=1, ahead=2), strict=True):
         if on_clip is not None:
             on_clip(done, len(tasks), failed)
         if loaded is None or loaded[0] is not task.subject:
@@ -214,17 +215,6 @@ def _work(tasks: Sequence[Task], cells: Cells, *, device: torch.device, tools: T
         done += 1
     if on_clip is not None:
         on_clip(len(tasks), len(tasks), failed)
-
-
-def _decoded(tasks: Sequence[Task], decoder: PyAVDecoder) -> Iterator[tuple[Task, torch.Tensor | DecodeError]]:
-    """Tasks with their pixels, the next one decoded meanwhile."""
-    requests = ([task.request] for task in tasks if task.request is not None)
-    loader = ClipLoader(requests, decoder=decoder, workers=1, ahead=2, give="pixels")
-    try:
-        for task, step in zip(tasks, loader, strict=True):
-            yield task, step.clips[0]
-    finally:
-        loader.close()
 
 
 def _collected(tasks: Sequence[Task], cells: Cells) -> Iterator[Group]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megasora.config.autoencoder_run import AutoencoderConfig
+from megasora.config.autoencoder_run import AutoencoderConfig, DiscriminatorConfig
 from megasora.config.dc_ae import CLASS_NAME as DC_AE
 from megasora.config.dc_ae import read_config
 from megasora.config.errors import UserError
@@ -22,6 +22,7 @@ from megasora.config.schema import SlabAxis
 from megasora.models.autoencoders.autoencoder import Network
 from megasora.models.autoencoders.dc_ae.model import VideoDCAE
 from megasora.models.autoencoders.dc_ae.network import DCAENetwork
+from megasora.models.autoencoders.discriminator import ClipDiscriminator
 from megasora.models.autoencoders.hunyuan import CLASS_NAME as HUNYUAN
 from megasora.models.autoencoders.hunyuan import HunyuanNetwork
 from megasora.models.autoencoders.posterior import Posterior
@@ -108,6 +109,11 @@ class TrainedNetwork:
             latent = share.sample(posterior, shape=shape, key=key)
         made = network.pixels(latent[None]) if way is None else way.decode(latent[None])
         return Reconstruction(pixels=made[0], posterior=posterior)
+
+
+def new_discriminator(settings: DiscriminatorConfig) -> ClipDiscriminator:
+    """Of a run's sizes, without start values."""
+    return ClipDiscriminator(width=settings.width, num_layers=settings.num_layers, norm=settings.norm, dropout=settings.dropout)
 
 
 def new_network(settings: AutoencoderConfig, *, weights: str | None, load: bool, seed: int) -> TrainedNetwork:

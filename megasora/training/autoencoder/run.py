@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megasora.config.autoencoder_checks import raise_on_autoencoder_problems
 from megasora.config.autoencoder_run import AutoencoderRunConfig
+from megasora.config.distillation_checks import TINY_RECIPE
 from megasora.config.errors import UserError
 from megasora.config.io import save_yaml
 from megasora.config.schema import ParallelConfig
@@ -22,7 +23,7 @@ from megasora.training.checkpoints import held_lease
 from megasora.training.trainer import StopRequest
 from megasora.training.vitals import open_sentry
 
-TINY_RECIPES = ("tiny_ae", "tiny_ae_distill")
+TINY_RECIPES = ("tiny_ae", TINY_RECIPE)
 
 
 def train_autoencoder(config: AutoencoderRunConfig) -> None:

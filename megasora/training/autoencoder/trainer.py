@@ -16,7 +16,7 @@ from megasora.data.decoding.choice import open_decoder
 from megasora.data.decoding.contract import Decoder
 from megasora.data.manifest import read_manifest
 from megasora.data.plan import PlannedClip
-from megasora.models.autoencoders.discriminator import ClipDiscriminator, smallest_side
+from megasora.models.autoencoders.discriminator import smallest_side
 from megasora.models.autoencoders.losses import Perceptual
 from megasora.models.lpips import SMALLEST_SIDE, load_lpips
 from megasora.parallel.groups import ParallelContext
@@ -24,7 +24,7 @@ from megasora.recovery.sentry import Sentry
 from megasora.training.autoencoder.cached_features import FeatureFeeder
 from megasora.training.autoencoder.checkpoints import AutoencoderCheckpoints
 from megasora.training.autoencoder.feed import ClipBatch, ClipFeeder, held_out_clips, plan_training_clips
-from megasora.training.autoencoder.network import new_network, recompute_blocks
+from megasora.training.autoencoder.network import new_discriminator, new_network, recompute_blocks
 from megasora.training.autoencoder.reconstruct import Reconstruct
 from megasora.training.autoencoder.start import AutoencoderStart, fill_from_run, find_autoencoder_start
 from megasora.training.autoencoder.step import (
@@ -203,10 +203,9 @@ def build_autoencoder_trainee(config: AutoencoderRunConfig, *, context: Parallel
     ema = EMA(main.optimizer, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay > 0 else None
     adversary = None
     if config.has_discriminator:
-        settings = config.discriminator
-        module = ClipDiscriminator(width=settings.width, num_layers=settings.num_layers, norm=settings.norm, dropout=settings.dropout)
+        module = new_discriminator(config.discriminator)
         module.initialize(seed=config.init.seed)
-        adversary = _learning(module.train(), settings.optimizer, dtype=dtype, context=context)
+        adversary = _learning(module.train(), config.discriminator.optimizer, dtype=dtype, context=context)
     trainee = AutoencoderTrainee(network=network, main=main, adversary=adversary, ema=ema, dtype=dtype, lpips=lpips)
     if distillation is not None:
         trainee.distillation = distillation

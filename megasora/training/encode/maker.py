@@ -12,7 +12,7 @@ from megasora.config.errors import UserError
 from megasora.data.cache.layout import caption_of, facts_json, latent_names, stored_runs
 from megasora.data.cache.shards import MEMBERS, ShardFacts, ShardWriter, layout_of, safetensors_bytes
 from megasora.data.decoding.contract import Decoded, DecodeError, Decoder, normalise
-from megasora.data.loader import ClipLoader
+from megasora.data.loader import decoded_ahead
 from megasora.data.plan import PlannedClip, request_of, start_of
 from megasora.diffusion.conditions import GivenFrames
 from megasora.diffusion.philox import Stream, key_of, uniform
@@ -76,19 +76,13 @@ class ShardMaker:
             yield from (None for _ in samples)
             return
         data = self.plan.config.data
-        loader = ClipLoader(
-            ([request_of(self.plan.clips[sample], offset=self._offset(sample))] for sample in samples),
+        yield from decoded_ahead(
+            (request_of(self.plan.clips[sample], offset=self._offset(sample)) for sample in samples),
             decoder=self._decoder,
             workers=data.decode_workers,
             ahead=2 * data.decode_workers,
             timeout_s=data.decode_timeout_s,
-            give="pixels",
         )
-        try:
-            for step in loader:
-                yield step.clips[0]
-        finally:
-            loader.close()
 
     def _write(self, writer: ShardWriter, sample: int, video: Decoded | None) -> None:
         clip = self.plan.clips[sample]

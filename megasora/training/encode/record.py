@@ -31,6 +31,17 @@ logger = logging.getLogger(__name__)
 UNPLANNED_FILE = "unplanned.jsonl"
 
 
+def is_whole(folder: Path, shard: int, *, verify: bool) -> bool:
+    """Whether a shard is there as it was written; one that was finished and is not any more is told of."""
+    try:
+        open_shard(folder, shard, verify=verify)
+    except BadShardError as error:
+        if (folder / f"{shard_name(shard)}.json").exists():
+            logger.warning("shard %d is made again: %s", shard, error)
+        return False
+    return True
+
+
 class CacheRecord:
     """cache.json and what stands beside it, for a planned cache.
 
@@ -72,13 +83,7 @@ class CacheRecord:
 
     def is_finished(self, shard: int, *, verify: bool) -> bool:
         """Whether a shard is there as it was written; without cache.json nobody knows what it holds."""
-        try:
-            open_shard(self.folder, shard, verify=verify)
-        except BadShardError as error:
-            if (self.folder / f"{shard_name(shard)}.json").exists():
-                logger.warning("shard %d is made again: %s", shard, error)
-            return False
-        return self._facts is not None
+        return is_whole(self.folder, shard, verify=verify) and self._facts is not None
 
     def begin(self, encoders: Encoders, *, decoder: str | None) -> None:
         """Write what the cache says about itself, or compare the decoder with what it says.

@@ -6,7 +6,6 @@ Shards are dealt out to tasks whole; a task is one process with one device. Fini
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -26,9 +25,7 @@ from megasora.data.cache.layout import facts_json, readable_bytes
 from megasora.data.cache.shards import (
     END_BYTES,
     MEMBERS,
-    BadShardError,
     ShardWriter,
-    open_shard,
     remove_leftovers,
     safetensors_bytes,
     safetensors_size,
@@ -48,18 +45,16 @@ from megasora.data.cache.teacher import (
 )
 from megasora.data.decoding.choice import open_decoder
 from megasora.data.decoding.contract import Decoded, DecodeError, Decoder, normalise
-from megasora.data.loader import ClipLoader
+from megasora.data.loader import decoded_ahead
 from megasora.data.manifest import read_manifest
 from megasora.data.plan import PlannedClip, request_of
 from megasora.models.autoencoders.teacher import Grid, Teacher, make_tiny_teacher
 from megasora.parallel import groups
 from megasora.training.autoencoder.feed import plan_training_clips
 from megasora.training.autoencoder.teaching import load_teacher
-from megasora.training.encode.record import UNPLANNED_FILE
+from megasora.training.encode.record import UNPLANNED_FILE, is_whole
 from megasora.training.encode.run import disk_errors, refuse_full_disk
 from megasora.training.encode.settings import OnProgress, ShardsResult, TeacherEncodeSettings
-
-logger = logging.getLogger(__name__)
 
 NEEDED = ("autoencoder", "distillation", "data", "precision")
 """Sections whose problems matter here; a run's others are its own."""
@@ -117,7 +112,7 @@ def encode_teacher(
         decoder = open_decoder(data.decoder, device=device, workers=data.decode_workers, timeout_s=data.decode_timeout_s)
         known = _begin(plan, folder, decoder=decoder.identity)
         remove_leftovers(folder, own)
-        todo = [shard for shard in own if not (known and _finished(folder, shard, verify=settings.verify))]
+        todo = [shard for shard in own if not (known and is_whole(folder, shard, verify=settings.verify))]
         sizes = [plan.shard_bytes(shard) for shard in todo]
         if on_start is not None:
             shards = f"{len(todo):,} of {plan.settings.num_shards:,} shards to make"
@@ -207,16 +202,6 @@ def _begin(plan: _Plan, folder: Path, *, decoder: str) -> bool:
     return True
 
 
-def _finished(folder: Path, shard: int, *, verify: bool) -> bool:
-    try:
-        open_shard(folder, shard, verify=verify)
-    except BadShardError as error:
-        if (folder / f"{shard_name(shard)}.json").exists():
-            logger.warning("shard %d is made again: %s", shard, error)
-        return False
-    return True
-
-
 class _Maker:
     """Writes shards: clips decoded ahead, shown to the teacher, checked against the planned layout."""
 
@@ -243,19 +228,13 @@ class _Maker:
 
     def _decoded(self, samples: Sequence[int]) -> Generator[Decoded, None, None]:
         data = self.plan.config.data
-        loader = ClipLoader(
-            ([request_of(self.plan.clips[sample])] for sample in samples),
+        return decoded_ahead(
+            (request_of(self.plan.clips[sample]) for sample in samples),
             decoder=self.decoder,
             workers=data.decode_workers,
             ahead=2 * data.decode_workers,
             timeout_s=data.decode_timeout_s,
-            give="pixels",
         )
-        try:
-            for step in loader:
-                yield step.clips[0]
-        finally:
-            loader.close()
 
     def _write(self, writer: ShardWriter, sample: int, video: Decoded) -> None:
         clip = self.plan.clips[sample]
