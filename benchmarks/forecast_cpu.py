@@ -2,7 +2,7 @@
 
     python -m benchmarks.forecast_cpu [--output DIR] [--repeats 1] [--json]
 
-For each model: one traced run of one rank, which with `study calibrate` on 2 and on 4 ranks makes the hardware profiles; then a study of
+For each model: two traced runs of one rank, which with `study calibrate` on 2 and on 4 ranks make the hardware profiles; then a study of
 the layouts, each by runs of its own, whose step times the forecast has not seen. Reported: error of each, median error, Spearman's rank
 correlation over the layouts; peak resident memory likewise. Ends with one JSON line. Needs a quiet machine: nothing else may use its cores.
 """
@@ -41,6 +41,8 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
 }
 COMMON = {"device": "cpu", "data.global_tokens": 1600, "data.num_microbatches": 4, "data.frame_counts": [17, 9]}
 STEPS, WARMUP = 14, 4
+SMALL_PACKS = 14
+"""Micro-batches of the second reference run: about a clip each, as on four data-parallel ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +83,17 @@ def flags(settings: dict[str, object]) -> list[str]:
 
 
 def calibrate(model: str, folder: Path) -> dict[int, Path]:
-    """Ranks -> profile, from one traced run of one rank and the collectives of 2 and 4."""
-    reference = folder / "reference"
-    settings = {**COMMON, **MODELS[model], "train.steps": STEPS, "profile.steps": "8:10", "evaluation.interval_steps": 0}
-    run(["train", "tiny", "--run_dir", str(reference), "--checkpoint.no_save_last", *flags(settings)])
+    """Ranks -> profile, from two traced runs of one rank, in large and in small packs, and the collectives of 2 and 4."""
+    references = [folder / "reference", folder / "reference_small_packs"]
+    for reference, packs in zip(references, (COMMON["data.num_microbatches"], SMALL_PACKS), strict=True):
+        settings = {**COMMON, **MODELS[model], "data.num_microbatches": packs, "train.steps": STEPS, "profile.steps": "8:10"}
+        settings |= {"evaluation.interval_steps": 0, "checkpoint.interval_steps": 0}
+        run(["train", "tiny", "--run_dir", str(reference), "--checkpoint.no_save_last", *flags(settings)])
     profiles = {}
     for ranks in (2, 4):
         profiles[ranks] = folder / f"machine{ranks}.yaml"
-        words = ["study", "calibrate", str(reference / "config.yaml"), "--device", "cpu", "--output", str(profiles[ranks])]
-        run([*words, "--reference", str(reference)], ranks=ranks)
+        words = ["study", "calibrate", str(references[0] / "config.yaml"), "--device", "cpu", "--output", str(profiles[ranks])]
+        run([*words, "--reference", *map(str, references)], ranks=ranks)
     return {1: profiles[2], **profiles}
 
 

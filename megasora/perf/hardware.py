@@ -57,6 +57,21 @@ class Rates:
     """FLOP/s of the autoencoder and the text encoders; 0: their time is not known."""
     source: str
 
+    def scaled(self, factor: float) -> Rates:
+        """All rates of a block's kernels times `factor`."""
+
+        def times(points: Points) -> Points:
+            return tuple((size, rate * factor) for size, rate in points)
+
+        return replace(
+            self,
+            matmul=times(self.matmul),
+            matmul_fp8=times(self.matmul_fp8),
+            attention_forward=times(self.attention_forward),
+            attention_backward=times(self.attention_backward),
+            memory=times(self.memory),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:

@@ -132,8 +132,9 @@ def test_held_out_losses_and_samples_between_steps_are_those_of_zero_1(pool: Ran
         pool.run(2, train_on_rank, config)
     assert largest_gap(tmp_path / str(stage), tmp_path / "1", steps=4) < SAME_LAYOUT
     ours, theirs = events(tmp_path / str(stage)), events(tmp_path / "1")
-    assert [event["event"] for event in ours] == [event["event"] for event in theirs]
-    losses = [(a["loss_by_t"], b["loss_by_t"]) for a, b in zip(ours, theirs, strict=True) if a["event"] == "eval"]
+    assert sorted(event["event"] for event in ours) == sorted(event["event"] for event in theirs)  # a save ends when its disk lets it
+    measured = [[event["loss_by_t"] for event in found if event["event"] == "eval"] for found in (ours, theirs)]
+    losses = list(zip(*measured, strict=True))
     assert len(losses) == 5  # before the first step, and after each
     assert all(a[t] == pytest.approx(b[t], rel=SAME_LAYOUT) for a, b in losses for t in b)
     assert any(event["event"] == "sample" for event in ours)

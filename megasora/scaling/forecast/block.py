@@ -25,10 +25,14 @@ PASSES = {
 modulation's products (2026-11-25_block_bytes.md, six clips)."""
 LAUNCHES = {
     "triton": {True: (66, 100), False: (33, 50)},
-    "torch": {True: (107, 216), False: (47, 94)},
+    "torch": {True: (99, 168), False: (43, 70)},
 }
 """Kernels launched forward and backward: with Triton's 121 a block together on an H100 (trace, 2 double and 4 single blocks; how they
-divide is chosen), torch's counted on a CPU (tests/unit/scaling/test_forecast.py)."""
+divide is chosen), torch's of a pack of several samples beside `TORCH_SAMPLE`, counted on a CPU (tests/unit/scaling/test_forecast.py)."""
+TORCH_SAMPLE = {True: (4, 24), False: (2, 12)}
+"""Of torch's, for every sample: each has modulations of its own."""
+TORCH_ALONE = {True: (81, 162), False: (37, 67)}
+"""Of torch's where a pack is one sample, which needs no sorting."""
 BACKWARD_ATTENTION = 2.5
 """FLOPs of attention's backward pass over its forward pass: five products for two (FlashAttention-2, arXiv 2307.08691)."""
 
@@ -123,8 +127,22 @@ def backward_cost(setting: BlockSetting, work: PackWork, *, double: bool, mode: 
         cost += forward_cost(setting, work, double=double)
     elif mode == "selective":
         bytes_again = PASSES[setting.kernels][double][0] * work.share * setting.model.hidden_size * setting.number
-        cost += Cost(compute=_memory_s(setting, bytes_again, launches=LAUNCHES[setting.kernels][double][0]))
+        cost += Cost(compute=_memory_s(setting, bytes_again, launches=block_launches(setting, work, double=double, backward=False)))
     return cost
+
+
+def block_launches(setting: BlockSetting, work: PackWork, *, double: bool, backward: bool) -> int:
+    """Kernels that a block's pass launches, as counted (`LAUNCHES`); a ring attends sample by sample and hop by hop."""
+    samples, ring = work.samples, setting.cp // setting.ulysses
+    launches = LAUNCHES[setting.kernels][double][backward]
+    if setting.kernels == "torch":
+        each = TORCH_SAMPLE[double][backward]
+        launches = TORCH_ALONE[double][backward] if samples == 1 else launches + each * samples
+    if ring > 1:
+        launches += 12 * ring + 10 * ring * samples if backward else 12 * ring - 10 + 6 * ring * samples
+    elif setting.kernels == "torch" and len(set(work.lengths)) > 1:  # torch's attention of unequal lengths
+        launches += 2 * samples + 2 if backward else samples
+    return launches
 
 
 def _compute(setting: BlockSetting, work: PackWork, *, double: bool, backward: bool) -> Cost:
@@ -138,7 +156,7 @@ def _compute(setting: BlockSetting, work: PackWork, *, double: bool, backward: b
     attention_flops = 4 * h * work.squares / (setting.tp * setting.cp) * (BACKWARD_ATTENTION if backward else 1)
     curve = rates.attention_backward if backward else rates.attention_forward
     attention = attention_flops / rate_at(curve, work.squares / max(1, sum(work.lengths)))
-    launches = LAUNCHES[setting.kernels][double][backward]
+    launches = block_launches(setting, work, double=double, backward=backward)
     modulation = (12 if double else 3) * h * h * setting.number / setting.tp * (2 if backward else 1)
     moved = PASSES[setting.kernels][double][backward] * work.share * h * setting.number + modulation
     device = (products + attention) * setting.slower + _memory_s(setting, moved, launches=launches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -17,7 +18,7 @@ from megasora.parallel.topology import Topology
 from megasora.perf.hardware import Link, load_hardware, rate_at
 from megasora.perf.memory_traffic import MOVE_NOTHING
 from megasora.perf.profiles import H100
-from megasora.scaling.forecast.block import LAUNCHES, PackWork, backward_cost, forward_cost, linear_flops, setting_of
+from megasora.scaling.forecast.block import PackWork, backward_cost, block_launches, forward_cost, linear_flops, setting_of
 from megasora.scaling.forecast.chunk import END_LAUNCHES
 from megasora.scaling.forecast.cost import StepParts
 from megasora.scaling.forecast.encoders import encode_flops
@@ -175,28 +176,29 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(rank: int) -> list[tuple[int, int]]:
-    """(forward, backward) of stacks of 1 + 1, 2 + 1 and 1 + 2 blocks."""
+def launches(rank: int, cp: int, grids: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(forward, backward) of stacks of 1 + 1, 2 + 1 and 1 + 2 blocks on one of `cp` ranks of a ring."""
     from megasora.models.mmdit.build import build_chunks
     from megasora.models.mmdit.model import ModelInputs
     from megasora.parallel import groups
     from megasora.parallel.pack import Pack, PackSplit, SampleShape
 
-    context = groups.initialize(ParallelConfig(), device=groups.choose_device("cpu"), num_attention_heads=8, seed=0)
+    parallel = ParallelConfig(context_parallel_size=cp, context_parallel_backend="ring")
+    context = groups.initialize(parallel, device=groups.choose_device("cpu"), num_attention_heads=8, seed=0)
     found = []
     for double, single in ((1, 1), (2, 1), (1, 2)):
         model = replace(recipes.get("tiny").model, num_double_blocks=double, num_single_blocks=single)
-        (chunk,), _ = build_chunks(model, ParallelConfig(), PrecisionConfig(dtype="fp32"), context=context)
+        (chunk,), _ = build_chunks(model, parallel, PrecisionConfig(dtype="fp32"), context=context)
         for parameter in chunk.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
             parameter.main_grad = torch.zeros_like(parameter)
-        pack = Pack([SampleShape(text_tokens=16, grid=(3, 4, 4))] * 2, split=PackSplit())
+        pack = Pack([SampleShape(text_tokens=16, grid=grid) for grid in grids], split=PackSplit(cp=cp))
         pack.prepare(context.context.members)
         inputs = ModelInputs(
             img=torch.randn(pack.num_video, model.in_channels),
             txt=torch.randn(pack.num_text, model.text_dim),
-            t=torch.rand(2),
-            y_vec=torch.randn(2, model.vec_dim),
+            t=torch.rand(len(grids)),
+            y_vec=torch.randn(len(grids), model.vec_dim),
             cond=torch.randn(pack.num_video, model.cond_channels),
         )
         for _ in range(2):  # the first pass makes what packs keep
@@ -208,12 +210,25 @@ def launches(rank: int) -> list[tuple[int, int]]:
     return found
 
 
-def test_torchs_launches_are_counted(pool: RankPool) -> None:
-    (both, double, single), *_ = pool.run(1, launches)
+GRIDS = [(3, 4, 4), (5, 4, 4), (2, 4, 6), (4, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("cp", "grids"),
+    [(1, GRIDS[:1]), (1, GRIDS[:1] * 2), (1, GRIDS[:1] * 3), (1, GRIDS[:2]), (1, GRIDS), (2, GRIDS[:1]), (2, GRIDS[:3]), (4, GRIDS[:2])],
+    ids=["one", "two equal", "three equal", "two", "four", "one over two", "three over two", "two over four"],
+)
+def test_torchs_launches_are_counted(pool: RankPool, cp: int, grids: list[tuple[int, int, int]]) -> None:
+    (both, double, single), *_ = pool.run(cp, launches, cp, grids)
+    config = replace(run_of(), parallel=ParallelConfig(context_parallel_size=cp, context_parallel_backend="ring"))
+    setting = replace(setting_of(config, hardware=H100), kernels="torch")
+    work = PackWork(share=64, text_share=16, lengths=tuple(16 + math.prod(grid) for grid in grids))
     for way in (0, 1):
         of_double, of_single = double[way] - both[way], single[way] - both[way]
-        assert (of_double, of_single) == (LAUNCHES["torch"][True][way], LAUNCHES["torch"][False][way])
-        assert both[way] - of_double - of_single == pytest.approx(2 * END_LAUNCHES[way], abs=1)
+        forecast = [block_launches(setting, work, double=kind, backward=bool(way)) for kind in (True, False)]
+        assert [of_double, of_single] == forecast
+        if len(grids) == 2 and cp == 1:
+            assert both[way] - of_double - of_single == pytest.approx(2 * END_LAUNCHES[way], abs=1)
 
 
 def test_rates_fall_where_packs_are_small() -> None:

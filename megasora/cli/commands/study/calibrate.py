@@ -23,8 +23,9 @@ class Args:
     """Recipe or config.yaml whose widths and number format are measured; on a CPU take a small one."""
     output: Path | None = None
     """Profile to write, .yaml or .json; None only shows it."""
-    reference: Path | None = None
-    """A traced run of one rank on this machine (train --profile.steps 8:10): what its steps take beyond kernels goes into the profile."""
+    reference: tuple[Path, ...] = ()
+    """Traced runs of one rank on this machine (train --profile.steps 8:10): what their steps take beyond kernels goes into the profile. Two
+    with other --data.num_microbatches tell the host's time of a launch from the kernels'."""
     name: str | None = None
     """Name of the profile; None: the host's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -60,7 +61,7 @@ def run(args: Args) -> Answer | None:
     )
     about = f"{config.recipe} (H {config.model.hidden_size}) on {machine}, torch {torch.__version__}, {found.ranks} rank(s)"
     hardware = hardware_of(found, device=device, name=args.name or platform.node(), about=about)
-    if args.reference is not None:
+    if args.reference:
         hardware = with_reference(hardware, args.reference)
     if args.output is not None:
         with file_errors():

@@ -12,14 +12,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megasora.config.parameters import parameter_count
 from megasora.config.schema import ModelConfig
 from megasora.scaling.study.calibrate.timing import wait
 
 OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
-MODEL_ROWS = 512
-"""Rows of the product that ranks at work at once compute."""
 TOGETHER_S = 0.4
-"""How long they do."""
+"""How long ranks are at work at once."""
+LARGEST_BYTES = 2**28
+"""Of weights and gradients that they pass through: more than a computer's caches hold."""
+WORK_ROWS, WORK_PRODUCTS = 128, 4
+"""Products beside a collective on a CPU, a fraction of a millisecond: what a block does between two."""
+CALLS = 10
+"""Collectives in a row beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +109,18 @@ def _pass_on(message: Tensor, arrived: Tensor, *, rank: int, ranks: int) -> None
 
 
 def _slowest(call: Callable[[], object], *, device: torch.device, repeats: int) -> float:
-    """Median over repeats of the slowest rank's seconds for a call; every repeat begins together."""
+    """Median over repeats of the slowest rank's seconds for a call; every repeat begins together.
+
+    On a CPU it is what a call adds to ranks at work: gloo's threads wait for a core that computes, and ranks for each other.
+    """
     call()
     times = []
     for _ in range(repeats):
         dist.barrier()
         wait(device)
+        if device.type == "cpu":
+            times.append(_added(call))
+            continue
         started = time.perf_counter()
         call()
         wait(device)
@@ -119,29 +130,58 @@ def _slowest(call: Callable[[], object], *, device: torch.device, repeats: int) 
     return statistics.median(times)
 
 
-def compute_losses(model: ModelConfig, *, device: torch.device, dtype: torch.dtype, repeats: int) -> list[tuple[float, float]]:
+def _added(call: Callable[[], object]) -> float:
+    """Seconds that a call adds to a stretch of work that all ranks do, mean over ranks."""
+    x = torch.ones(WORK_ROWS, WORK_ROWS)
+    seconds = []
+    for what in (call, None):
+        dist.barrier()
+        started = time.perf_counter()
+        for _ in range(CALLS):
+            for _ in range(WORK_PRODUCTS):
+                x @ x
+            if what is not None:
+                what()
+        seconds.append(time.perf_counter() - started)
+    both = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(both)
+    return max(float(both[0] - both[1]) / dist.get_world_size() / CALLS, 1e-6)
+
+
+def compute_losses(model: ModelConfig, *, rows: int, device: torch.device, dtype: torch.dtype, repeats: int) -> list[tuple[float, float]]:
     """Ranks at work at once on one computer -> mean rate of each over that of one alone; all ranks call it together.
 
     Every rank computes for the same stretch of time: one that was ready sooner would else be measured alone.
+
+    Args:
+        model: whose weights are passed through, as many as there are, so that ranks take each other's caches as in a step.
+        rows: tokens of a pass.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     counts = sorted({1, *(count for count in (2, 4, 8, 16) if count < world), world})
-    x = torch.randn(MODEL_ROWS, model.hidden_size, device=device, dtype=dtype)
-    weight = torch.randn(model.ffn_hidden_size, model.hidden_size, device=device, dtype=dtype)
+    h, ffn = model.hidden_size, model.ffn_hidden_size
+    layers = max(1, min(LARGEST_BYTES // 8, parameter_count(model)) // (h * ffn))
+    x = torch.randn(rows, h, device=device, dtype=dtype)
+    weights = [(torch.randn(ffn, h, device=device, dtype=dtype), torch.zeros(ffn, h, device=device)) for _ in range(layers)]
     rates: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(repeats):  # counts in turn: a machine that slows down slows no count more than others
         for count in counts:
             dist.barrier()
-            own = torch.tensor([_calls_per_s(x, weight) if rank < count else 0.0], dtype=torch.float64)
+            own = torch.tensor([_calls_per_s(x, weights) if rank < count else 0.0], dtype=torch.float64)
             dist.all_reduce(own)
             rates[count].append(float(own) / count)
     alone = statistics.median(rates[1])
     return [(float(count), min(1.0, statistics.median(found) / alone)) for count, found in rates.items()]
 
 
-def _calls_per_s(x: Tensor, weight: Tensor) -> float:
+def _calls_per_s(x: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Layers a second: the product forward, the two backward, the second added to the weight's gradient."""
     calls, started = 0, time.perf_counter()
-    while time.perf_counter() - started < TOGETHER_S:
-        F.linear(x, weight)
-        calls += 1
-    return calls / (time.perf_counter() - started)
+    while True:
+        for weight, grad in weights:
+            out = F.linear(x, weight)
+            out @ weight
+            grad += out.T @ x
+            calls += 1
+            if time.perf_counter() - started > TOGETHER_S:
+                return calls / (time.perf_counter() - started)

@@ -26,6 +26,8 @@ GPU_SCALE = Scale(
 CPU_SCALE = Scale(rows=(64, 256, 1024), tokens=(64, 256, 1024), memory_bytes=(2**18, 2**22, 2**26), parameters=1_000_000, repeats=7)
 PAYLOADS = {"cuda": (2**12, 2**20, 2**24, 2**28), "cpu": (2**12, 2**16, 2**20, 2**23)}
 """Bytes of collectives."""
+LEAST_ROWS = 64
+"""Of the products that ranks share a computer with; else a micro-batch's tokens of a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,10 @@ def calibrate(config: RunConfig, *, device: torch.device) -> Calibration:
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     moved = transfers(PAYLOADS[device.type], device=device, repeats=scale.repeats) if dist.get_world_size() > 1 else []
-    losses = compute_losses(config.model, device=device, dtype=dtype, repeats=scale.repeats) if device.type == "cpu" else []
+    losses = []
+    if device.type == "cpu":
+        rows = max(LEAST_ROWS, config.data.global_tokens // config.data.num_microbatches // dist.get_world_size())
+        losses = compute_losses(config.model, rows=rows, device=device, dtype=dtype, repeats=scale.repeats)
     measured: list[Measured] = shared[0]  # type: ignore[assignment]
     return Calibration(
         kernels=tuple(measured), transfers=tuple(moved), losses=tuple(losses), ranks=len(hosts), ranks_per_node=hosts.count(hosts[0])
