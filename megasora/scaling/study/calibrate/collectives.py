@@ -37,7 +37,7 @@ class Transfer:
     sent_bytes: float
     """That a rank sends, by the ring: (n-1)/n of the payload, twice that for an all-reduce, the payload of a message."""
     seconds: float
-    """Median over repeats of the slowest rank."""
+    """Median over repeats: of the slowest rank, on a CPU what it adds to ranks at work."""
     steps: int = 1
     """Of its ring."""
 
