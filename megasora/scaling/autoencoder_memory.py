@@ -53,7 +53,7 @@ class AutoencoderMemoryEstimate:
     lpips: int
     """Weights of LPIPS."""
     teacher: int
-    """Weights of a distillation's teacher, or its features of a clip from a cache."""
+    """Weights of a distillation's teacher, or its features of the step's clips from a cache."""
     clips: int
     """Levels of the step's clips."""
     activations: int
@@ -139,7 +139,7 @@ def autoencoder_memory(config: AutoencoderRunConfig, *, world_size: int, clip: C
             optimizer=(12 if dtype == torch.bfloat16 else 8) * learnt // world_size,
             ema=4 * averaged // world_size if config.optimizer.ema_decay > 0 else 0,
             lpips=sum(buffer.nbytes for buffer in lpips.buffers()) if lpips else 0,
-            teacher=sum(tensor.nbytes for tensor in taught),
+            teacher=sum(tensor.nbytes for tensor in taught) * (per_rank if features is not None else 1),
             clips=levels.nbytes * (-(-per_rank // cp) + (cp > 1)),
             activations=counted.peak,
             clip=clip,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -97,8 +98,15 @@ class Teacher:
         resized = resize(frames, size)
         if self.normalisation == "none":
             return resized
-        mean, std = (resized.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = _imagenet(resized.device, resized.dtype)
         return ((resized + 1) / 2 - mean) / std
+
+
+@lru_cache(maxsize=8)
+def _imagenet(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(mean, std) [3, 1, 1], made once: a copy to a GPU waits for it."""
+    mean, std = (torch.tensor(values, device=device, dtype=dtype)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 def resize(pictures: Float[Tensor, "n c h w"], size: tuple[int, int]) -> Float[Tensor, "n c h2 w2"]:
