@@ -25,29 +25,31 @@ class ShapedReader:
     Args:
         flat: where they lie.
         shaped: the others.
-        frozen: what the names begin with that have no flat tensors, for they were not trained; the others are read. Empty: none.
+        frozen: where those lie that were not trained, the first that has one: flat masters, or the others themselves. Empty: all were.
     """
 
-    def __init__(self, flat: MegatronReader, shaped: MegatronReader, *, frozen: tuple[str, ...] = ()) -> None:
+    def __init__(self, flat: MegatronReader, shaped: MegatronReader, *, frozen: tuple[MegatronReader, ...] = ()) -> None:
         self.flat, self.shaped, self.frozen = flat, shaped, frozen
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Every tensor."""
-        found = {key: replace(info, shape=self.shaped.infos[key].shape) for key, info in self.flat.infos.items()}
-        return found | {key: info for key, info in self.shaped.infos.items() if key.startswith(self.frozen) and key not in found}
+        readers = {key: reader for key in self.shaped.infos if (reader := self._reader(key)) is not None}
+        return {key: replace(reader.infos[key], shape=self.shaped.infos[key].shape) for key, reader in readers.items()}
 
     def rows(self, key: str) -> Rows:
         """A tensor's bytes."""
-        info = self.infos[key]
-        return self._reader(key).rows(key).reshape(info.num_rows, info.row_bytes)
+        info, reader = self.infos[key], self._reader(key)
+        assert reader is not None, key
+        return reader.rows(key).reshape(info.num_rows, info.row_bytes)
 
     def release(self, key: str) -> None:
         """Let the tensor's pages go."""
-        self._reader(key).release(key)
+        if (reader := self._reader(key)) is not None:
+            reader.release(key)
 
-    def _reader(self, key: str) -> MegatronReader:
-        return self.flat if key in self.flat.infos else self.shaped
+    def _reader(self, key: str) -> MegatronReader | None:
+        return next((reader for reader in (self.flat, *self.frozen) if key in reader.infos), None)
 
 
 def open_parameters(path: Path, *, select: Select = "model") -> tuple[dict[str, Any], ShapedReader]:
@@ -70,4 +72,5 @@ def open_parameters(path: Path, *, select: Select = "model") -> tuple[dict[str, 
     model = MegatronReader(path, prefix="model.")
     flat = model if part == "model" else MegatronReader(path, prefix=f"{part}.")
     distillation = state.get("distillation") or {}
-    return state, ShapedReader(flat, model, frozen=("decoder.",) if distillation.get("trained") == "encoder" else ())
+    master = MegatronReader(path, prefix="master.") if state["dtype"] != "fp32" else model
+    return state, ShapedReader(flat, model, frozen=(master, model) if distillation.get("trained") == "encoder" else ())

@@ -250,9 +250,8 @@ class Lease:
             time.sleep(0.001)
 
     def _keep(self) -> None:
-        """Remove what older incarnations left, then beat until the end or until a newer owner is there."""
-        for path in self._trash:
-            shutil.rmtree(path, ignore_errors=True)
+        """Beat until the end or until a newer owner is there. What older incarnations left is removed beside it: that may take minutes."""
+        threading.Thread(target=self._clear, name="megasora-trash", daemon=True).start()
         number = 0
         while not self._stop.wait(self._beat_s):
             number += 1
@@ -261,6 +260,10 @@ class Lease:
                     self._lost.set()
                     return
                 self._write_beat(str(number))
+
+    def _clear(self) -> None:
+        for path in self._trash:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _write_beat(self, beat: str) -> None:
         """In place and of one length: it needs no room on a full disk, and no reader sees half of it."""

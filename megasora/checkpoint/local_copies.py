@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megasora.checkpoint import manifests
+from megasora.checkpoint import manifests, store
 from megasora.checkpoint.lease import Lease
 from megasora.checkpoint.rank_file import RankFile
 from megasora.checkpoint.staging import Plan, signature_of
@@ -166,7 +166,7 @@ class LocalCopies:
         if self.problem is not None:
             return None, None
         own = {step: copy for step, copy in self._own(parallel).items() if step >= at_least}
-        there = max((step for step in map(_step_of, self.folder.glob("step_*")) if step >= at_least), default=None)
+        there = max((step for step, _ in store.step_folders(self.folder) if step >= at_least), default=None)
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, ({step: copy.number for step, copy in own.items()}, there))
         passed_over = None
@@ -186,8 +186,8 @@ class LocalCopies:
         """The run goes on from a step: copies of later ones are of a past that it leaves."""
         if self._lease is None:
             return
-        for folder in self.folder.glob("step_*"):
-            if _step_of(folder) > step:
+        for of_step, folder in store.step_folders(self.folder):
+            if of_step > step:
                 with suppress(OSError):
                     folder.rename(self._lease.work / f"pruned_{folder.name}")
                     shutil.rmtree(self._lease.work / f"pruned_{folder.name}", ignore_errors=True)
@@ -195,7 +195,7 @@ class LocalCopies:
     def _own(self, parallel: Mapping[str, Any]) -> dict[int, Copy]:
         """Copies with a part of this rank, of this run and layout, by step."""
         found, layout = {}, json.loads(json.dumps(dict(parallel)))
-        for folder in self.folder.glob("step_*"):
+        for _, folder in store.step_folders(self.folder):
             try:
                 if manifests.problem_with(folder) is not None:
                     continue
@@ -219,10 +219,6 @@ def load(copy: Copy, tensors: Mapping[str, ShardedTensor]) -> None:
             loaded = torch.load(io.BytesIO(file.read(length)), weights_only=True)
             assert (loaded.shape, loaded.dtype) == (sharded.data.shape, sharded.data.dtype), f"{name} is another tensor in {copy.folder}"
             sharded.data.copy_(loaded)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
 
 
 def own_file() -> str:

@@ -7,6 +7,7 @@ JSON in the manifest, so reading it executes nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ class CheckpointEntry:
     step: int
 
 
+NAME = re.compile(r"step_(\d{8,})")
+"""Of a checkpoint's folder, with its step."""
+
+
 def step_folder(root: Path, step: int) -> Path:
     """Folder of a step's checkpoint."""
     return root / f"step_{step:08d}"
@@ -36,12 +41,13 @@ def step_folder(root: Path, step: int) -> Path:
 
 def complete_checkpoints(root: Path) -> list[CheckpointEntry]:
     """Checkpoints whose manifest is there and whose files have the sizes it names, oldest first."""
-    entries = []
-    for folder in sorted(root.glob("step_*")) if root.is_dir() else []:
-        problem = manifests.problem_with(folder)
-        if problem is None:
-            entries.append(CheckpointEntry(path=folder, step=int(folder.name.removeprefix("step_"))))
-    return entries
+    return [CheckpointEntry(path=folder, step=step) for step, folder in step_folders(root) if manifests.problem_with(folder) is None]
+
+
+def step_folders(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all that have a checkpoint's name, oldest first; a copy with another (step_00000100.bak) is none."""
+    names = [(match, path) for path in root.glob("step_*") if (match := NAME.fullmatch(path.name))] if root.is_dir() else []
+    return sorted((int(match[1]), path) for match, path in names)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

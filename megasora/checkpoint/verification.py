@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megasora.checkpoint import commit, manifests
+from megasora.checkpoint import commit, manifests, store
 from megasora.checkpoint.lease import Lease
 from megasora.config.errors import UserError
 
@@ -54,7 +54,7 @@ def newest_good(root: Path, *, lease: Lease | None) -> Verified:
     Raises:
         UserError: a checkpoint is of another format, or there are some and all are damaged.
     """
-    candidates = told_by_rank_0(lambda: [str(path) for path in sorted(root.glob("step_*"), reverse=True)] if root.is_dir() else [])
+    candidates = told_by_rank_0(lambda: [str(folder) for _, folder in reversed(store.step_folders(root))])
     refused: list[Refused] = []
     for candidate in candidates:
         folder = Path(candidate)

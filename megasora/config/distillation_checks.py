@@ -36,6 +36,12 @@ def distillation_problems(config: AutoencoderRunConfig) -> Iterator[Problem]:
             message=f"data.temporal_start is {config.data.temporal_start}: a clip begins elsewhere each time, a cache holds one beginning",
             cure="use --data.temporal_start first, or leave distillation.cache out",
         )
+    if settings.cache is not None and config.data.max_frame_interval != 1:
+        yield Problem(
+            field="distillation.cache",
+            message=f"data.max_frame_interval is {config.data.max_frame_interval}: a clip has other frames each time, a cache one choice",
+            cure="use --data.max_frame_interval 1, or leave distillation.cache out",
+        )
     if settings.teacher is None and settings.cache is None and config.recipe != TINY_RECIPE:
         yield Problem(
             field="distillation.teacher",

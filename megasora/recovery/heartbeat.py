@@ -83,6 +83,8 @@ class Heartbeat:
         self._step_began = self.beat_at
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._writing = threading.Lock()
+        self.failing = False
+        """The last write did not succeed: others cannot see this rank, nor, on the same full disk, each other."""
 
     def beat(self, step: int, phase: Phase) -> None:
         """The training thread works on `step` (from 1) and enters `phase`."""
@@ -104,8 +106,9 @@ class Heartbeat:
             return  # the other thread is at it
         try:
             write_json(self.folder.heartbeat(self.seat.rank), asdict(self.now()))
+            self.failing = False
         except OSError:
-            pass
+            self.failing = True
         finally:
             self._writing.release()
 

@@ -5,6 +5,8 @@ Three ways lead to the verdict, each a daemon thread's look every second:
 - a rank's process writes no heartbeat any more (stopped, gone, or its GIL is held): ranks 0 and 1 look after all others, whatever the
 phase;
 - another rank's watchdog has said so, in the file that all look for.
+A rank that waits in a message for one that waits for a clip may wait as long as that one: a slow clip is no hang, and one that never ends
+is given up by its decoder and skipped.
 A rank whose GIL is held runs no thread of ours: faulthandler's own C thread, armed anew at each look, then writes its stacks. A process
 that was itself stopped and goes on (Ctrl-Z, a suspended job) starts to count afresh, and accuses nobody.
 """
@@ -24,7 +26,7 @@ from dataclasses import asdict, dataclass
 
 from megasora.config.schema import RecoveryConfig
 from megasora.recovery.folder import RecoveryFolder, read_json
-from megasora.recovery.heartbeat import STEP_PHASES, Heartbeat, Phase, Seat, read_beat
+from megasora.recovery.heartbeat import STEP_PHASES, Beat, Heartbeat, Phase, Seat, read_beat, read_beats
 from megasora.recovery.last_resort import LastResort
 
 HANG_EXIT_CODE = 75
@@ -34,6 +36,11 @@ OTHERS_WAIT_S = 5.0
 SUSPENDED_S = 5.0
 """A look that comes so much later than it should means that this process was stopped."""
 PEERS_EVERY_S = 2.0
+NEAR_S, FAR_S = 4.0, 90.0
+"""A rank that waits for clips lives as long as its heartbeat changes within this, on this host or on another, whose renamed files may be
+seen a minute late."""
+RANKS_A_SECOND = 16
+"""Heartbeat files that a rank reads while it looks for those that wait for clips."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +161,33 @@ class PeerWatch:
         return found
 
 
+class ClipWaits:
+    """Whether a living rank waits for its clips, by this process's own clock: it keeps the others waiting."""
+
+    def __init__(self, folder: RecoveryFolder, seat: Seat) -> None:
+        self._folder, self._seat = folder, seat
+        self._seen: dict[int, tuple[float, float]] = {}
+        """rank -> (its stamp, when that was first seen)"""
+        self._due, self._found = 0.0, False
+
+    def any(self, now: float, *, step: int) -> bool:
+        """In this step or an earlier one."""
+        if now >= self._due:
+            self._due = now + self._seat.world_size / RANKS_A_SECOND
+            beats = read_beats(self._folder, incarnation=self._seat.incarnation).values()
+            lives = [self._lives(beat, now) for beat in beats if beat.phase == "data" and beat.step <= step]  # all are looked at
+            self._found = any(lives)
+        return self._found
+
+    def _lives(self, beat: Beat, now: float) -> bool:
+        if beat.rank == self._seat.rank:
+            return False
+        stamp, since = self._seen.get(beat.rank, (0.0, now))
+        if stamp != beat.alive:
+            self._seen[beat.rank], since = (beat.alive, now), now
+        return now - since <= (NEAR_S if beat.host == self._seat.host else FAR_S)
+
+
 class Watchdog:
     """The thread of a rank that looks for hangs.
 
@@ -177,6 +211,9 @@ class Watchdog:
         self._heartbeat, self._limits, self._on_hang, self._poll_s, self._end = heartbeat, limits, on_hang, poll_s, end
         self._folder, self._seat, self._clock = heartbeat.folder, heartbeat.seat, heartbeat.clock
         self._peers = PeerWatch(self._folder, self._seat, limits=limits) if self._seat.rank < 2 else None
+        self._clips = ClipWaits(self._folder, self._seat)
+        self._waits_for_clips = False
+        """Of another rank; found out by the thread that may touch files."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="megasora-watchdog", daemon=True)
         self._stacks: io.TextIOWrapper | None = None
@@ -223,7 +260,11 @@ class Watchdog:
         self._heartbeat.renew()
         if (hang := read_hang(self._folder, self._seat.incarnation)) is not None:
             return hang
+        self._waits_for_clips = False
         longest = max(self._waits(self._resumed_at), key=lambda wait: wait.over_s)
+        if longest.over_s > 0 and longest.phase == "forward_backward":
+            self._waits_for_clips = self._clips.any(now, step=self._heartbeat.step)
+            longest = max(self._waits(self._resumed_at), key=lambda wait: wait.over_s)
         silent = self._silent_peers(now)
         return self._accuse(longest, silent) if longest.over_s > 0 or silent else None
 
@@ -231,6 +272,8 @@ class Watchdog:
         """What this rank is at: its step, and a save beside it."""
         heartbeat, now = self._heartbeat, self._clock()
         allowed_s = self._limits.allowed_s(heartbeat.phase, heartbeat.median_step_s)
+        if self._waits_for_clips and heartbeat.phase == "forward_backward":
+            allowed_s = max(allowed_s, self._limits.data_s)
         waits = [_Wait(phase=heartbeat.phase, waited_s=now - max(heartbeat.beat_at, resumed_at), allowed_s=allowed_s)]
         if (since := heartbeat.saving_since()) is not None:
             waits.append(_Wait(phase="save", waited_s=now - max(since, resumed_at), allowed_s=self._limits.save_s))
@@ -251,6 +294,9 @@ class Watchdog:
         if self._peers is None or now - self._peers_at < PEERS_EVERY_S:
             return []
         self._peers_at = now
+        if self._heartbeat.failing:  # a disk that is full for this rank is full for the others: they are not silent, they cannot be heard
+            self._peers.forget()
+            return []
         return self._peers.silent(now)
 
     def _accuse(self, wait: _Wait, silent: list[int]) -> Hang:

@@ -3,7 +3,7 @@ tensors, every allocation counted, beside the states whose bytes follow from the
 
 Of ranks that share clips it is the first, whose slab is the largest. Not counted: work space of convolutions and attention kernels (the
 library's choice; attention of HunyuanVideo's middle block is counted as torch composes it, with its scores), the library's own context,
-fragmentation, clips that a decoder on the GPU keeps ahead, a distillation's teacher and projector.
+fragmentation, clips that a decoder on the GPU keeps ahead.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -23,11 +24,15 @@ from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.errors import UserError
 from megasora.config.problem import Problem
 from megasora.data.buckets import pixels_of
+from megasora.data.cache.teacher import DTYPES, read_teacher_facts
 from megasora.models.autoencoders.discriminator import ClipDiscriminator
+from megasora.models.autoencoders.teacher import Teacher, blank_teacher_model
 from megasora.models.lpips import Lpips, expected_shapes
 from megasora.perf.allocations import Allocations
 from megasora.training.autoencoder.backward import ClipDraws, Losses, backward_clip
+from megasora.training.autoencoder.distillation import Distillation
 from megasora.training.autoencoder.network import TrainedNetwork, new_discriminator, new_network, recompute_blocks
+from megasora.training.autoencoder.teaching import distillation_of
 
 Clip = tuple[int, int, int]
 """Frames, height, width."""
@@ -47,6 +52,8 @@ class AutoencoderMemoryEstimate:
     """This rank's share of the moving average."""
     lpips: int
     """Weights of LPIPS."""
+    teacher: int
+    """Weights of a distillation's teacher, or its features of the step's clips from a cache."""
     clips: int
     """Levels of the step's clips."""
     activations: int
@@ -100,25 +107,39 @@ def autoencoder_memory(config: AutoencoderRunConfig, *, world_size: int, clip: C
         lpips = _lpips(config)
         if group is not None:
             network = network.shared_by(group, axis=config.parallel.context_parallel_axis)
+        distillation = _distillation(config, network, dtype)
         losses_of = Losses(
-            settings=config.loss, lpips=lpips.distance if lpips else None, adversary=config.discriminator, discriminator=adversary
+            settings=config.loss,
+            lpips=lpips.distance if lpips else None,
+            adversary=config.discriminator,
+            discriminator=adversary,
+            distillation=distillation,
         )
-        modules: list[nn.Module] = [network.module, *([adversary] if adversary else [])]
+        modules: list[nn.Module] = [
+            network.module,
+            *([adversary] if adversary else []),
+            *([distillation.projector] if distillation else []),
+        ]
         parameters = [parameter for module in modules for parameter in module.parameters()]
         levels = torch.zeros((3, *clip), dtype=torch.uint8)
-        known: list[Tensor] = [levels, *parameters, *(lpips.buffers() if lpips else ())]
-        for parameter in parameters:
+        features = _features(config, clip)
+        taught = [features] if features is not None else _weights(distillation)
+        known: list[Tensor] = [levels, *parameters, *taught, *(lpips.buffers() if lpips else ())]
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in learning:
             parameter.register_post_accumulate_grad_hook(_let_go)
         with Allocations(known) as counted:
-            backward_clip(network, levels, losses_of=losses_of, draws=ClipDraws(posterior=0, patches=0), share=1.0)
-        sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
+            backward_clip(network, levels, losses_of=losses_of, draws=ClipDraws(posterior=0, patches=0), share=1.0, features=features)
+        learnt = sum(parameter.numel() for parameter in learning)
+        averaged = sum(parameter.numel() for parameter in network.module.parameters() if parameter.requires_grad)
         per_rank = -(-config.data.batch_size // (world_size // cp))
         return AutoencoderMemoryEstimate(
             weights=sum(parameter.nbytes for parameter in parameters),
-            gradients=4 * sum(sizes),
-            optimizer=(12 if dtype == torch.bfloat16 else 8) * sum(sizes) // world_size,
-            ema=4 * sizes[0] // world_size if config.optimizer.ema_decay > 0 else 0,
+            gradients=4 * learnt,
+            optimizer=(12 if dtype == torch.bfloat16 else 8) * learnt // world_size,
+            ema=4 * averaged // world_size if config.optimizer.ema_decay > 0 else 0,
             lpips=sum(buffer.nbytes for buffer in lpips.buffers()) if lpips else 0,
+            teacher=sum(tensor.nbytes for tensor in taught) * (per_rank if features is not None else 1),
             clips=levels.nbytes * (-(-per_rank // cp) + (cp > 1)),
             activations=counted.peak,
             clip=clip,
@@ -189,12 +210,40 @@ def _discriminator(config: AutoencoderRunConfig, dtype: torch.dtype) -> ClipDisc
     return module
 
 
+def _distillation(config: AutoencoderRunConfig, network: TrainedNetwork, dtype: torch.dtype) -> Distillation | None:
+    """With the teacher of a folder's config.json; its weights are not read."""
+    settings = config.distillation
+    if not config.has_distillation:
+        return None
+    teacher = None
+    if settings.cache is None:
+        model = blank_teacher_model(None if settings.teacher is None else Path(settings.teacher))
+        _make(model, dtype)
+        teacher = Teacher(model, frames=settings.frames, normalisation=settings.normalisation, side_px=settings.teacher_px)
+    distillation = distillation_of(settings, network, teacher=teacher)
+    _make(distillation.projector, dtype)
+    return distillation
+
+
+def _weights(distillation: Distillation | None) -> list[Tensor]:
+    """Of the teacher."""
+    return [] if distillation is None or distillation.teacher is None else list(distillation.teacher.model.parameters())
+
+
+def _features(config: AutoencoderRunConfig, clip: Clip) -> Tensor | None:
+    """The teacher's, of a clip, as its cache holds them."""
+    if not config.has_distillation or config.distillation.cache is None:
+        return None
+    settings = read_teacher_facts(Path(config.distillation.cache)).settings
+    return torch.zeros((settings.channels, *settings.grid(*clip)), dtype=DTYPES[settings.dtype])
+
+
 def _make(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give a module of the meta device fake parameters (Module.to cannot)."""
+    """Give a module of the meta device fake parameters (Module.to cannot), which learn where its own do."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
+                part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
 
 
 def _lpips(config: AutoencoderRunConfig) -> Lpips | None:

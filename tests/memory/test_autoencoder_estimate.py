@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Dinov2Config, Dinov2Model
 
 from megasora import recipes
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.dc_ae import DCAEConfig
+from megasora.config.distillation import DistillationConfig
 from megasora.config.schema import ParallelConfig
 from megasora.data.plan import SamplerState, StepPlan
 from megasora.models.lpips import Lpips, expected_shapes
@@ -52,6 +55,8 @@ class Case:
     axis: str = "height"
     dtype: str = "fp32"
     batch_size: int = 1
+    taught: str | None = None
+    """Layer that is aligned with a teacher's features, and what is trained."""
 
 
 CASES = {
@@ -62,6 +67,8 @@ CASES = {
     "2 replicas, 3 clips": Case(ranks=2, batch_size=3),
     "2 share rows": Case(ranks=2, context_parallel_size=2, clip=(8, 48, 32)),
     "3 share frames": Case(ranks=3, context_parallel_size=3, axis="time", recompute="stages", clip=(16, 32, 32)),
+    "taught stage": Case(taught="stages.1 all", clip=(8, 64, 64)),
+    "taught latent, encoder alone": Case(taught="latent encoder", adversarial=False, recompute="stages", clip=(16, 64, 64)),
     "hunyuan": Case(kind="hunyuan", clip=(5, 64, 32)),
     "hunyuan, 2 share rows, recompute": Case(kind="hunyuan", ranks=2, context_parallel_size=2, recompute="stages", clip=(9, 64, 64)),
 }
@@ -73,6 +80,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("vae") / "vae"
     tiny_vae().save_pretrained(path)
     return str(path)
+
+
+def distillation_of(case: Case, folder: str) -> DistillationConfig:
+    if case.taught is None:
+        return DistillationConfig()
+    layer, trained = case.taught.split()
+    teacher = Path(folder).parent / "teacher"
+    if not teacher.exists():  # a tenth of all that the rank holds
+        Dinov2Model(Dinov2Config(hidden_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=56)).save_pretrained(str(teacher))
+    return DistillationConfig(weight=0.5, teacher=str(teacher), layer=layer, trained=trained, projector="mlp", projector_width=512)  # type: ignore[arg-type]
 
 
 def config_of(case: Case, folder: str) -> AutoencoderRunConfig:
@@ -87,6 +104,7 @@ def config_of(case: Case, folder: str) -> AutoencoderRunConfig:
         precision=replace(base.precision, dtype=case.dtype),  # type: ignore[arg-type]
         parallel=replace(base.parallel, context_parallel_size=case.context_parallel_size, context_parallel_axis=case.axis),  # type: ignore[arg-type]
         data=replace(base.data, batch_size=case.batch_size),
+        distillation=distillation_of(case, folder),
         init=replace(base.init, weights=folder if case.kind == "hunyuan" else None),
     )
 
@@ -99,6 +117,9 @@ def allocated_on_rank(rank: int, case: Case, config: AutoencoderRunConfig) -> in
         trainee = build_autoencoder_trainee(config, context=context, start=AutoencoderStart(fresh=True))
         if case.lpips:
             trainee.lpips = Lpips("vgg", {name: torch.full(shape, 0.01) for name, shape in expected_shapes("vgg").items()}).distance
+        if trainee.distillation is not None and trainee.distillation.teacher is not None:
+            for parameter in trainee.distillation.teacher.model.parameters():
+                parameter.detach()  # what was read from a file no operation has made
         clips = [
             OwnClip(
                 name=str(number),

@@ -17,15 +17,21 @@ from megasora.checkpoint.autoencoder import open_autoencoder
 from megasora.checkpoint.autoencoder_export import export_autoencoder
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.distillation import DistillationConfig
-from megasora.config.schema import OptimizerConfig
+from megasora.config.schema import OptimizerConfig, ParallelConfig
 from megasora.data.tiny_clips import make_tiny_clips
 from megasora.models.autoencoders.discriminator import ClipDiscriminator
 from megasora.models.autoencoders.teacher import make_tiny_teacher
+from megasora.parallel import groups
 from megasora.training.autoencoder.backward import ClipDraws, Losses, backward_clip
+from megasora.training.autoencoder.checkpoints import AutoencoderCheckpoints
 from megasora.training.autoencoder.network import new_network
+from megasora.training.autoencoder.start import AutoencoderStart
 from megasora.training.autoencoder.teaching import build_distillation
+from megasora.training.autoencoder.trainer import build_autoencoder_trainee
+from megasora.training.checkpoints import held_lease
 from megasora.training.encode.settings import TeacherEncodeSettings
 from megasora.training.encode.teacher import encode_teacher
+from megasora.training.guard import Guard
 from tests.parallel.test_train_ae import SIZES, records, small, train_on_rank
 from tests.pool import RankFailedError, RankPool
 
@@ -128,6 +134,61 @@ def test_a_folder_of_it_has_no_projector_and_a_decoder_that_was_kept(
         assert changed and all(name.startswith("encoder.") for name in changed)
 
 
+def test_a_decoder_that_is_kept_is_measured_beside_the_encoders_average(
+    pool: RankPool, clips: tuple[Path, Path], teacher: Path, tmp_path: Path
+) -> None:
+    """Before the first step the average is the weights: so are their figures."""
+    found = []
+    for weights in ("model", "ema"):
+        config = run_of(tmp_path / weights, clips, teacher, steps=1, trained="encoder")
+        evaluation = replace(config.evaluation, interval_steps=1, weights=weights)  # type: ignore[arg-type]
+        pool.run(2, train_on_rank, replace(config, discriminator=replace(config.discriminator, weight=0.0), evaluation=evaluation))
+        events = [event for record in records(tmp_path / weights) for event in record["events"] if event["event"] == "reconstruct"]
+        found.append([event["psnr"] for event in events])
+    of_weights, of_average = found
+    assert of_average[0] == of_weights[0]
+    assert of_average[1] != of_weights[1]
+
+
+def kept_decoders_on_rank(rank: int, config: AutoencoderRunConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The decoder in fp32 as a bf16 run that keeps it begins, saves it, and has it when it goes on from there."""
+    context = groups.initialize(ParallelConfig(), device=torch.device("cpu"), num_attention_heads=1, seed=0)
+    root, start, guard = Path(str(config.run_dir)) / "checkpoints", AutoencoderStart(fresh=True), Guard(config.guard)
+    root.mkdir(parents=True, exist_ok=True)
+    found = []
+    for seed in (0, 1):  # the second is of other weights, until it resumes
+        trainee = build_autoencoder_trainee(replace(config, init=replace(config.init, seed=seed)), context=context, start=start)
+        kept = {"model": trainee.network.about, "distillation": {"trained": "encoder"}}
+        with held_lease(root, take_over=False) as lease:
+            checkpoints = AutoencoderCheckpoints(root, lease=lease, config=config, context=context, data_sha256="", kept=kept)
+            if seed == 0:
+                trainee.step = 1
+                checkpoints.save(trainee, guard=guard)
+            else:
+                assert checkpoints.resume(trainee, guard=guard)
+            checkpoints.close()
+        found.append(dict(trainee.main.frozen))
+        assert all(trainee.network.module.get_parameter(name).dtype == torch.bfloat16 for name in trainee.main.frozen)
+    return found[0], found[1]
+
+
+def test_a_bf16_run_keeps_a_decoder_that_is_not_trained_unrounded(
+    pool: RankPool, clips: tuple[Path, Path], teacher: Path, tmp_path: Path
+) -> None:
+    config = run_of(tmp_path / "run", clips, teacher, trained="encoder")
+    config = replace(config, precision=replace(config.precision, dtype="bf16"), discriminator=replace(config.discriminator, weight=0.0))
+    saved, resumed = pool.run(2, kept_decoders_on_rank, config)[0]
+    assert saved and all(name.startswith("decoder.") for name in saved)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in saved.values())
+    assert all(torch.equal(saved[name], resumed[name]) for name in saved)
+    for select in ("ema", "master", "model"):
+        source = open_autoencoder(tmp_path / "run" / "checkpoints" / "step_00000001", select=select)  # type: ignore[arg-type]
+        export_autoencoder(source, tmp_path / select, target_format="dc-ae", prove=True)
+        written = load_file(tmp_path / select / "model.safetensors")
+        wanted = {name: value.bfloat16() if select == "model" else value for name, value in saved.items()}
+        assert all(torch.equal(written[name].to(value.dtype), value) for name, value in wanted.items())
+
+
 @pytest.fixture(scope="module")
 def cache(clips: tuple[Path, Path], teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Features of the run's clips, in shards of three."""
@@ -186,6 +247,8 @@ def test_what_cannot_be_is_refused_in_one_line(
     part = Path(shutil.copytree(cache, tmp_path / "part"))
     (part / "shard-000002.json").unlink()
     going_on = {"steps": STEPS + 1}
+    stretched = run_of(tmp_path / "run", clips, teacher)
+    stretched = replace(stretched, data=replace(stretched.data, max_frame_interval=4))
     cases = {
         "does not load as Dinov2Model": run_of(tmp_path / "run", clips, half),
         "has another distillation (teacher=": run_of(alone, clips, other, **going_on),
@@ -194,6 +257,7 @@ def test_what_cannot_be_is_refused_in_one_line(
         "is no multiple of the teacher's patch": run_of(tmp_path / "run", clips, teacher, teacher_px=100),
         "teacher_sha256 is": cached(run_of(tmp_path / "run", clips, other), cache),
         "frames is mean in the cache and first in this run": cached(run_of(tmp_path / "run", clips, teacher, frames="first"), cache),
+        "use --data.max_frame_interval 1": cached(stretched, cache),
         "use --data.temporal_start first": run_of(tmp_path / "run", clips, teacher, cache=str(cache)),
         "is no cache (cache.json": cached(run_of(tmp_path / "run", clips, teacher), other),
         "lacks 1 of its 3 shards (2;": cached(run_of(tmp_path / "run", clips, teacher), part),

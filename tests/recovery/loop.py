@@ -30,7 +30,7 @@ from megasora.recovery.sentry import Sentry
 from megasora.recovery.watchdog import HangLimits
 
 LIMITS = replace(
-    HangLimits.of(RecoveryConfig(hang_floor_s=4.0, first_step_s=6.0, save_s=6.0), decode_timeout_s=0.0),
+    HangLimits.of(RecoveryConfig(hang_floor_s=4.0, first_step_s=6.0, save_s=6.0), decode_timeout_s=6.0),
     silence_s=4.0,
     save_silence_s=10.0,
     last_resort_s=2.0,
@@ -71,6 +71,8 @@ def train(sentry: Sentry, run_dir: Path, *, steps: int, step_s: float, fault: st
     state = json.loads((run_dir / "state.json").read_text()) if (run_dir / "state.json").exists() else {"step": 0, "total": 0.0}
     for step in range(state["step"] + 1, steps + 1):
         sentry.beat(step, "data")
+        if fault == f"clip:{dist.get_rank()}:{step}":
+            time.sleep(7)  # longer than a step may take, not longer than a clip may
         sentry.batch([f"clip{step}"])
         sentry.beat(step, "forward_backward")
         time.sleep(step_s)

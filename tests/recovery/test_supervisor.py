@@ -80,6 +80,13 @@ def test_a_rank_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
         until(lambda: True if _gone(beat.pid) else None, within_s=10)
 
 
+def test_a_slow_clip_of_one_rank_is_no_hang_of_the_others(tmp_path: Path) -> None:
+    with started(["tests.recovery.loop", str(tmp_path), str(STEPS), "0.1", "clip:1:6"]) as world:
+        ends = endings(world)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert total(tmp_path) == STATE
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_clock_that_is_set_ends_nothing_and_accuses_nobody(tmp_path: Path, rank: int) -> None:
     """By 3 hours forward, then 6 back, on the rank that watches the other and counts the time, and on the other."""

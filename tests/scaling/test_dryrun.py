@@ -16,9 +16,11 @@ import pytest
 from megasora.config.errors import UserError
 from megasora.config.memory import stage_estimate
 from megasora.config.schema import ParallelConfig, PrecisionConfig
+from megasora.perf.hardware import load_hardware
 from megasora.scaling.dryrun.classes import classes_of_step, rank_classes
 from megasora.scaling.dryrun.expected import compare
 from megasora.scaling.dryrun.result import DryRun
+from megasora.scaling.dryrun.room import room_line, room_of
 from megasora.scaling.dryrun.run import dry_run
 from megasora.scaling.workload import planned_clips, steps_of
 from tests.scaling.layouts import CASES, Job, job
@@ -154,6 +156,20 @@ def test_fp8_is_refused() -> None:
         dry_run(config, world_size=8, rank=0, clips="largest")
 
 
+def test_the_fullest_rank_decides_whether_there_is_room(apart: Executor) -> None:
+    of = CASES["pp2"]
+    runs = [run_of(apart, of, rank) for rank in (0, 1)]
+    h100 = load_hardware("h100")
+    fullest = max(run.memory.total for run in runs)
+    plenty = room_of(runs, of.config, gpu=h100)
+    assert (plenty.peak, plenty.fits, plenty.cure) == (fullest, True, None)
+    assert "h100 has 80 GB: it fits" in room_line(plenty)
+    scarce = room_of(runs, of.config, gpu=replace(h100, memory_bytes=fullest + plenty.workspace - 1.0))
+    assert not scarce.fits
+    assert scarce.cure is not None and scarce.cure.startswith("use --")
+    assert scarce.cure in room_line(scarce)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["--rank", "1"], ["--all"]])
 def test_the_command_prints_json_alone(words: list[str], tmp_path: Path) -> None:
@@ -162,3 +178,4 @@ def test_the_command_prints_json_alone(words: list[str], tmp_path: Path) -> None
     data = json.loads(done.stdout)
     assert data["world_size"] == 2
     assert json.loads((tmp_path / "found" / "dryrun.json").read_text()) == data
+    assert (data["room"]["gpu"], data["room"]["fits"], data["room"]["cure"]) == ("h200", True, None)

@@ -70,8 +70,6 @@ def _of_autoencoder(args: OfAutoencoder) -> Answer:
         raise UserError("\n  ".join([f"{len(found)} problem(s)", *map(str, found)]))
     memory = None if estimate is None else {"parts": estimate.parts(), "total": estimate.total, "clip": list(estimate.clip)}
     text = [f"{args.config.recipe} on {args.gpus} GPU(s): no problems", *(_memory_lines(estimate) if estimate is not None else ())]
-    if estimate is not None and args.config.has_distillation:
-        text.append("the distillation's teacher and projector are not counted")
     data = {"problems": [to_dict(problem) for problem in found], "memory": memory}
     return Answer(data=data, show=lines(text), exit_code=2 if found else 0)
 

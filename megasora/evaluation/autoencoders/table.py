@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,8 @@ from megasora.evaluation.intervals import Summary
 
 HEADINGS = ("autoencoder", "TxHxW", "clips", "PSNR, dB", "SSIM", "LPIPS", "FID", "FVD", "encode", "decode", "memory", "FLOPs")
 """Memory and operations are of encoding / decoding."""
+COSTS = HEADINGS.index("encode")
+"""From here on a column is a cost."""
 
 
 def lines_of(results: Results) -> tuple[list[int], list[tuple[str, ...]], list[tuple[str, ...]]]:
@@ -80,17 +83,29 @@ def scale_line(about: About) -> str:
 
 
 def render(results: Results) -> None:
-    """Print the table, the scales and what was skipped."""
+    """Print the table, the scales and what was skipped; a terminal that is too narrow gets quality and cost apart."""
     console = Console()
     used, rows, published = lines_of(results)
-    table = Table(*(HEADINGS[number] for number in used))
-    for texts, style in (*((texts, None) for texts in rows), *((texts, "dim") for texts in published)):
-        table.add_row(*(escape(texts[number]) for number in used), style=style)
-    console.print(table)
+    lines = [*((texts, None) for texts in rows), *((texts, "dim") for texts in published)]
+    whole = _table(used, lines)
+    if console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width:
+        console.print(whole)
+    else:
+        measured = [line for line in lines if line[1] is None]
+        console.print(_table([number for number in used if number < COSTS], lines))
+        console.print(_table([number for number in used if number < 2 or number >= COSTS], measured))
     for line in (*(scale_line(about) for about in results.about if about.latents is not None), *notes(results)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in results.skipped:
         console.print(f"skipped {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(numbers: Sequence[int], lines: Sequence[tuple[tuple[str, ...], str | None]]) -> Table:
+    """Some columns of (texts, style)."""
+    table = Table(*(HEADINGS[number] for number in numbers))
+    for texts, style in lines:
+        table.add_row(*(escape(texts[number]) for number in numbers), style=style)
+    return table
 
 
 def notes(results: Results) -> list[str]:

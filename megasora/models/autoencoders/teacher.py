@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """Of levels in [0, 1]; transformers.image_utils, IMAGENET_DEFAULT_MEAN and IMAGENET_DEFAULT_STD, which DINOv2's processor takes."""
 CLASSES: dict[str, type] = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
 """By model_type of config.json."""
+TINY = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14)
+"""Of the teacher that teaches nothing."""
 FRAMES_AT_ONCE = 16
 """Frames of a call, which bounds its memory; frames do not see each other."""
 Frames = Literal["mean", "first"]
@@ -95,8 +98,15 @@ class Teacher:
         resized = resize(frames, size)
         if self.normalisation == "none":
             return resized
-        mean, std = (resized.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = _imagenet(resized.device, resized.dtype)
         return ((resized + 1) / 2 - mean) / std
+
+
+@lru_cache(maxsize=8)
+def _imagenet(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(mean, std) [3, 1, 1], made once: a copy to a GPU waits for it."""
+    mean, std = (torch.tensor(values, device=device, dtype=dtype)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 def resize(pictures: Float[Tensor, "n c h w"], size: tuple[int, int]) -> Float[Tensor, "n c h2 w2"]:
@@ -108,11 +118,24 @@ def resize(pictures: Float[Tensor, "n c h w"], size: tuple[int, int]) -> Float[T
     return F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True).to(pictures.dtype)
 
 
-def load_teacher_model(folder: Path, *, dtype: torch.dtype) -> nn.Module:
-    """A DINOv2 of a transformers folder; a classifier's head beside it is not needed.
+def blank_teacher_model(folder: Path | None) -> nn.Module:
+    """A folder's DINOv2 by its config.json alone, or without a folder the small one of `make_tiny_teacher`; on the meta device.
 
     Raises:
-        UserError: it is none, does not load, or lacks a tensor, which transformers would fill with random numbers.
+        UserError: it is none.
+    """
+    kind = "dinov2" if folder is None else _kind_of(folder)
+    config = TINY if folder is None else CLASSES[kind].config_class.from_pretrained(str(folder))  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        model: nn.Module = CLASSES[kind](config)
+    return model
+
+
+def _kind_of(folder: Path) -> str:
+    """The model_type of a folder's config.json.
+
+    Raises:
+        UserError: it is none of a DINOv2.
     """
     where = f"distillation.teacher {folder}"
     try:
@@ -121,6 +144,16 @@ def load_teacher_model(folder: Path, *, dtype: torch.dtype) -> nn.Module:
         raise UserError(f"{where} is no transformers folder (config.json: {type(error).__name__}); give one of a Dinov2Model") from error
     if kind not in CLASSES:
         raise UserError(f"{where} is of model_type {kind}; give one of {' or '.join(CLASSES)}")
+    return str(kind)
+
+
+def load_teacher_model(folder: Path, *, dtype: torch.dtype) -> nn.Module:
+    """A DINOv2 of a transformers folder; a classifier's head beside it is not needed.
+
+    Raises:
+        UserError: it is none, does not load, or lacks a tensor, which transformers would fill with random numbers.
+    """
+    where, kind = f"distillation.teacher {folder}", _kind_of(folder)
     try:
         model, loading = CLASSES[kind].from_pretrained(str(folder), dtype=dtype, local_files_only=True, output_loading_info=True)  # type: ignore[attr-defined]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -140,8 +173,7 @@ def make_tiny_teacher(folder: Path, *, seed: int = 0) -> Path:
         temporary.mkdir()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14)
-            Dinov2Model(config).save_pretrained(str(temporary))
+            Dinov2Model(TINY).save_pretrained(str(temporary))
         (temporary / "done.json").write_text(json.dumps({"seed": seed}))
         if folder.exists():
             shutil.rmtree(folder)

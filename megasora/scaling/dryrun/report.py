@@ -12,9 +12,10 @@ from megasora.perf.flops import LAYER_KINDS
 from megasora.scaling.dryrun.expected import Compared, compare
 from megasora.scaling.dryrun.jobs import ClassRun
 from megasora.scaling.dryrun.result import DryRun
+from megasora.scaling.dryrun.room import Room, room_line
 
 
-def show_run(run: DryRun, config: RunConfig) -> None:
+def show_run(run: DryRun, config: RunConfig, room: Room) -> None:
     """Everything about one rank."""
     console = Console()
     at = run.at
@@ -25,12 +26,13 @@ def show_run(run: DryRun, config: RunConfig) -> None:
     )
     for table in (_flops(run), _messages(run), _memory(run), _timeline(run)):
         console.print(table)
+    console.print(room_line(room), highlight=False)
     console.print(_verdict(compare(run, config)))
     console.print("In a GPU's place: " + "; ".join(run.stand_ins) + ".", style="dim")
     console.print(f"{run.operations:,} operations in {run.seconds:.1f} s", style="dim")
 
 
-def show_classes(runs: Sequence[ClassRun], config: RunConfig) -> None:
+def show_classes(runs: Sequence[ClassRun], config: RunConfig, room: Room) -> None:
     """A row for each class of ranks."""
     first = runs[0].run
     console = Console()
@@ -57,6 +59,7 @@ def show_classes(runs: Sequence[ClassRun], config: RunConfig) -> None:
     console.print(table)
     for why in dict.fromkeys(one.of.why for one in runs):
         console.print(f"alike: {why}", style="dim")
+    console.print(room_line(room), highlight=False)
     console.print(_verdict([compared for one in runs for compared in compare(one.run, config)]))
     console.print("In a GPU's place: " + "; ".join(first.stand_ins) + ".", style="dim")
 

@@ -16,11 +16,13 @@ from megasora.training.optimizer import EMA
 def averaged_weights(module: nn.Module, ema: EMA) -> Iterator[None]:
     """Give a module the average's weights, in its own type, and afterwards its own back, to the bit; all ranks do it together.
 
+    Parameters that are not trained have no average, and stay.
+
     Args:
         module: whole on every rank.
         ema: each rank has runs of it (ZeRO-1), all of them together the whole.
     """
-    parameters = list(module.parameters())
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     kept = [parameter.detach().clone() for parameter in parameters]
     own = {id(shard.parameter): (shard, average) for shard, average in zip(ema.shards, ema.averages, strict=True)}
     try:

@@ -9,6 +9,7 @@ Ranks that share a clip each compute their part (`share.ClipShare`): parts of lo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -116,6 +117,13 @@ def backward_clip(
     return torch.stack([clip.said.get(name, zero).detach().double() for name in MEASURED])
 
 
+def runs_of_frames(frames: Float[Tensor, "3 n H W"]) -> Iterator[slice]:
+    """Frames that go through LPIPS together (`LPIPS_PIXELS`)."""
+    run = max(1, LPIPS_PIXELS // (frames.shape[2] * frames.shape[3]))
+    for start in range(0, frames.shape[1], run):
+        yield slice(start, start + run)
+
+
 class _Clip:
     """One clip on its way, and what is measured of this rank's part."""
 
@@ -148,9 +156,7 @@ class _Clip:
         real = self.real(share.frames)
         frames = share.moved(made, source=share.slab, target=share.frames)
         gradient, total = torch.empty_like(frames), made.new_zeros(())
-        run = max(1, LPIPS_PIXELS // (share.height * share.width))
-        for start in range(0, frames.shape[1], run):
-            own = slice(start, start + run)
+        for own in runs_of_frames(frames):
             leaf = frames[:, own].detach().requires_grad_()
             loss = losses.perceptual_distance(real[:, own], leaf, lpips=lpips, frames=share.num_frames)
             (gradient[:, own],) = torch.autograd.grad(loss, leaf)
@@ -175,7 +181,7 @@ class _Clip:
         said["generator"] = loss.detach()
         (own,) = torch.autograd.grad(loss, leaf)
         own = share.moved(own, source=cut, target=share.slab)
-        balance = made.new_tensor(settings.weight)
+        balance = made.new_full((), settings.weight)
         if settings.balance == "adaptive":
             weight = self.network.last_weight
             parts = [torch.autograd.grad(pixels, weight, one.to(pixels.dtype), retain_graph=True)[0] for one in (upstream, own)]

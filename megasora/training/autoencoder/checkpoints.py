@@ -100,13 +100,17 @@ class AutoencoderCheckpoints(RunCheckpoints[AutoencoderTrainee]):
 def learning_tensors(
     learner: Learning, *, prefix: str, averages: Sequence[Tensor], context: ParallelContext
 ) -> Iterator[tuple[str, ShardedTensor]]:
-    """(name, rectangle) of a module's parameters and of this rank's share of its masters, moments and moving average."""
+    """(name, rectangle) of a module's parameters, of this rank's share of its masters, moments and moving average, and of the masters of
+    what is not trained."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in learner.module.named_parameters()}
     copy = context.pg_collection.dp_cp.rank()
     for parameter, name in names.items():
         shape = tuple(parameter.shape)
         key = f"{prefix}model.{name}"
         yield key, sharded(key, parameter.data, shape, (0,) * len(shape), (0, 0, copy))
+    for name, value in learner.frozen.items():
+        key = f"{prefix}master.{name}"
+        yield f"{key}@0", sharded(key, value.view(-1), (value.numel(),), (0,), (0, 0, copy))
     for number, shard in enumerate(owned_shards(learner.optimizer)):
         buffers = {"exp_avg": shard.state["exp_avg"], "exp_avg_sq": shard.state["exp_avg_sq"]}
         if shard.master.dtype != shard.dtype:

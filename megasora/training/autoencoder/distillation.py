@@ -91,7 +91,7 @@ class Distillation:
         )
         (share * (found.cosine + found.gram)).backward()
         assert own.grad is not None
-        balance = own.new_tensor(settings.weight, dtype=found.cosine.dtype)
+        balance = own.new_full((), settings.weight, dtype=found.cosine.dtype)
         if settings.balance == "adaptive":
             weight = self.last_weight
             of_both = [torch.autograd.grad(tap.inner, weight, one, retain_graph=True)[0] / share for one in (rest, own.grad)]

@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -244,20 +245,24 @@ def levels_of_all(clip: OwnClip, context: ParallelContext) -> Tensor:
 
 
 def held_out_clips(clips: Sequence[PlannedClip], *, decoder: Decoder, most: int) -> list[tuple[str, Tensor]]:
-    """(name, pixels uint8 [3, T, H, W]) of the first clips that can be decoded, from their first frames.
+    """(name, pixels uint8 [3, T, H, W]) of the first clips that every rank can decode, from their first frames. All ranks call it together.
 
     Raises:
-        UserError: none can.
+        UserError: there is none; the same on every rank.
     """
-    found: list[tuple[str, Tensor]] = []
+    found: dict[int, tuple[str, Tensor]] = {}
     reason = "there are none"
-    for clip in itertools.islice(clips, 4 * most):
+    for number, clip in enumerate(itertools.islice(clips, 4 * most)):
         if len(found) == most:
             break
         try:
-            found.append((clip.clip.id, decoder.pixels(request_of(clip)).cpu()))
+            found[number] = clip.clip.id, decoder.pixels(request_of(clip)).cpu()
         except DecodeError as error:
             reason = str(error)
-    if not found:
-        raise UserError(f"no held-out clip can be decoded: {reason}")
-    return found
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, (sorted(found), reason))
+    shared = sorted(set(found).intersection(*(numbers for numbers, _ in of_ranks)))
+    if not shared:
+        reasons = [said for numbers, said in of_ranks if not numbers] or [f"ranks fail at different ones, the last: {reason}"]
+        raise UserError(f"no held-out clip can be decoded: {reasons[0]}")
+    return [found[number] for number in shared]

@@ -17,6 +17,7 @@ from megasora.media.likeness import psnr_of, ssim_of_frames
 from megasora.models.autoencoders.losses import Perceptual, perceptual_distance
 from megasora.parallel.groups import ParallelContext
 from megasora.training.autoencoder.averaged import averaged_weights
+from megasora.training.autoencoder.backward import runs_of_frames
 from megasora.training.autoencoder.network import TrainedNetwork
 from megasora.training.autoencoder.share import ClipShare
 from megasora.training.autoencoder.step import AutoencoderTrainee
@@ -94,10 +95,9 @@ def reconstructed(network: TrainedNetwork, levels: Tensor) -> tuple[ClipShare, T
 
 def _perceptual(lpips: Perceptual, levels: Tensor, made: Tensor, share: ClipShare) -> float:
     """This rank's part of a clip's LPIPS."""
-    own = share.moved(made, source=share.slab, target=share.frames)
-    if not own.shape[1]:
-        return 0.0
-    return float(perceptual_distance(share.pixels(levels, share.frames), own, lpips=lpips, frames=share.num_frames))
+    real, own = share.pixels(levels, share.frames), share.moved(made, source=share.slab, target=share.frames)
+    parts = (perceptual_distance(real[:, run], own[:, run], lpips=lpips, frames=share.num_frames) for run in runs_of_frames(own))
+    return sum(map(float, parts), 0.0)
 
 
 def levels_of(video: Tensor) -> Tensor:

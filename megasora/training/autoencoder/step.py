@@ -48,6 +48,8 @@ class Learning:
     """In Megatron's DDP."""
     optimizer: MegatronOptimizer
     settings: OptimizerConfig
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters that are not trained, by name, in fp32 on the CPU, where the module holds them rounded: they have no master in Adam."""
     steps: int = 0
 
     def zero(self) -> None:
@@ -190,7 +192,9 @@ def build_learning(
     of: dict[Tensor, Tensor] = {parameter: initial[name] for name, parameter in module.named_parameters()}
     for shard in owned_shards(optimizer):
         shard.master.data.copy_(of[shard.parameter].reshape(-1)[shard.start : shard.stop])
-    return Learning(module=module, wrapped=list(wrapped), optimizer=optimizer, settings=settings)
+    kept = [name for name, parameter in module.named_parameters() if not parameter.requires_grad and dtype != torch.float32]
+    frozen = {name: initial[name].to("cpu", torch.float32) for name in kept}
+    return Learning(module=module, wrapped=list(wrapped), optimizer=optimizer, settings=settings, frozen=frozen)
 
 
 def autoencoder_step(

@@ -47,17 +47,30 @@ def build_distillation(config: AutoencoderRunConfig, network: TrainedNetwork, *,
     Raises:
         UserError: the teacher's folder is none, or lacks a tensor.
     """
-    settings, module = config.distillation, network.module
+    settings = config.distillation
+    teacher = None if settings.cache is not None else load_teacher(settings, device=device, dtype=dtype)
+    distillation = distillation_of(settings, network, teacher=teacher)
+    distillation.projector.initialize(seed=config.init.seed)
+    return distillation
+
+
+def distillation_of(settings: DistillationConfig, network: TrainedNetwork, *, teacher: Teacher | None) -> Distillation:
+    """With a projector that is yet to be given values. Freezes what `distillation.trained` says.
+
+    Args:
+        settings: what is aligned and how.
+        network: the autoencoder.
+        teacher: None where its features come from `distillation.cache`, which is read for their channels.
+    """
+    module = network.module
     assert isinstance(module, VideoDCAE), "validation refuses another autoencoder"
     if settings.trained == "encoder":
         module.decoder.requires_grad_(False)
-    teacher = None if settings.cache is not None else load_teacher(settings, device=device, dtype=dtype)
     out = read_teacher_facts(Path(str(settings.cache))).settings.channels if teacher is None else teacher.channels
     stage, sizes = settings.stage, module.config
     layer: nn.Module = module.encoder.project_out if stage is None else module.encoder.stages[stage]
     channels = sizes.latent_channels if stage is None else sizes.widths[min(stage + 1, len(sizes.widths) - 1)]
     projector = Projector(channels, out, width=settings.projector_width if settings.projector == "mlp" else None)
-    projector.initialize(seed=config.init.seed)
     return Distillation(settings=settings, layer=layer, teacher=teacher, projector=projector)
 
 

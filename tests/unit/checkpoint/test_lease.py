@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from megasora.checkpoint import lease as lease_module
 from megasora.checkpoint.lease import Lease, LeaseLostError, Token, current_owner
 from megasora.config.errors import UserError
 
@@ -167,3 +169,26 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/checkpoints cannot take checkpoints: Not a directory; .*--run_dir"):
         Lease.take(tmp_path / "file" / "checkpoints")
+
+
+def test_an_owner_is_alive_while_it_removes_what_others_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of gigabytes of a half-written checkpoint may take minutes; nobody may take over meanwhile."""
+    crashed = Lease.take(tmp_path, token=ELSEWHERE, beat_s=60)
+    (crashed.work / "step_00000001").mkdir()
+    removing, go_on = threading.Event(), threading.Event()
+    rmtree = shutil.rmtree
+
+    def slow(path: Path, **options: bool) -> None:
+        if "step_00000001" in str(path):
+            removing.set()
+            go_on.wait(20)
+        rmtree(path, **options)
+
+    monkeypatch.setattr(lease_module.shutil, "rmtree", slow)
+    crashed._stop.set()  # its host went down
+    crashed._thread.join()
+    with held(tmp_path, token=replace(ELSEWHERE, host="node8"), beat_s=0.05):
+        assert removing.wait(10)
+        with pytest.raises(UserError, match="is alive"):
+            taken(tmp_path)
+        go_on.set()

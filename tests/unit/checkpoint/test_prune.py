@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def test_the_newest_and_the_milestones_stay(tmp_path: Path, keep: int, every: in
     lease.release()
     assert steps(tmp_path) == kept
     assert sorted(path.name for path in removed) == [f"step_{step:08d}" for step in range(1, 6) if step not in kept]
+
+
+def test_a_copy_that_somebody_made_is_no_checkpoint(tmp_path: Path) -> None:
+    """Nor does it count for those that are kept."""
+    made(tmp_path, 1, 2)
+    for name in ("step_00000002.bak", "step_00000002_1", "step_2", "step_x"):
+        shutil.copytree(store.step_folder(tmp_path, 2), tmp_path / name)
+    assert steps(tmp_path) == [1, 2]
+    lease = Lease.take(tmp_path)
+    assert [path.name for path in commit.prune(lease, keep=1, keep_every_steps=0)] == ["step_00000001"]
+    lease.release()
+    assert steps(tmp_path) == [2]
+    assert (tmp_path / "step_00000002.bak").is_dir()
 
 
 @pytest.mark.parametrize("content", [b"1234", b"123456"])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from megasora.config.schema import RecoveryConfig
+from megasora.recovery import heartbeat as heartbeat_module
 from megasora.recovery.folder import RecoveryFolder, write_json
 from megasora.recovery.heartbeat import Heartbeat, Seat
 from megasora.recovery.last_resort import LastResort
@@ -88,14 +93,14 @@ def test_a_suspended_process_counts_afresh(tmp_path: Path) -> None:
     assert look_for(10, dog, clock) is not None
 
 
-def beat_file(folder: RecoveryFolder, rank: int, *, alive: float, phase: str = "forward_backward") -> None:
+def beat_file(folder: RecoveryFolder, rank: int, *, alive: float, phase: str = "forward_backward", step: int = 3, host: str = "b") -> None:
     record = {
         "rank": rank,
         "world_size": 4,
         "incarnation": 1,
-        "host": "b",
+        "host": host,
         "pid": 1,
-        "step": 3,
+        "step": step,
         "phase": phase,
         "time": 0.0,
         "alive": alive,
@@ -112,6 +117,61 @@ def test_a_process_that_writes_no_more_is_named_by_this_hosts_clock(tmp_path: Pa
         beat_file(folder, 3, alive=7.0, phase="save")
         silent = peers.silent(float(now))
     assert silent == [1]
+
+
+def waits_for_another(dog: Watchdog, clock: Clock, *, phase: str, step: int = 2, host: str = "a", alive_for: int = 10_000) -> float | None:
+    """Seconds until the verdict on a rank in a message of step 2, another one being alive in a phase; None within 400."""
+    began = clock.now
+    for second in range(400):
+        clock.now += 1
+        beat_file(dog._folder, 1, alive=float(1 + min(second, alive_for)), phase=phase, step=step, host=host)
+        if dog.look() is not None:
+            return clock.now - began
+    return None
+
+
+@pytest.mark.parametrize(
+    ("peer", "at_least", "at_most"),
+    [
+        ({"phase": "forward_backward"}, 25, 27),  # a hang in a message, as ever
+        ({"phase": "data"}, 145, 147),  # as long as a clip may take, and no longer
+        ({"phase": "data", "step": 3}, 25, 27),  # that one is through with this step: it is not what is waited for
+        ({"phase": "data", "alive_for": 0}, 25, 31),  # stopped while it waited
+        ({"phase": "data", "alive_for": 0, "host": "b"}, 100, 120),  # files of another host may be seen late
+        ({"phase": "data", "alive_for": 60}, 60, 67),
+    ],
+)
+def test_a_rank_may_wait_for_one_that_waits_for_a_clip(tmp_path: Path, peer: dict[str, Any], at_least: int, at_most: int) -> None:
+    clock = Clock()
+    heartbeat, dog = watchdog(RecoveryFolder(tmp_path), clock)
+    heartbeat.beat(1, "forward_backward")
+    clock.now += 1
+    heartbeat.beat(2, "forward_backward")
+    waited = waits_for_another(dog, clock, **peer)
+    assert waited is not None and at_least <= waited <= at_most
+
+
+def test_a_full_disk_makes_nobody_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rank can write its heartbeat; the run goes on without checkpoints, as it says."""
+    clock, folder = Clock(), RecoveryFolder(tmp_path)
+    for rank in (1, 3):
+        beat_file(folder, rank, alive=5.0)
+    heartbeat, dog = watchdog(folder, clock, rank=0)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(heartbeat_module, "write_json", full)
+        for step in range(1, 60):
+            heartbeat.beat(step, "forward_backward")
+            assert look_for(5, dog, clock) is None
+    for step in range(60, 120):  # there is room again: the others have two minutes to be heard
+        heartbeat.beat(step, "forward_backward")
+        if (hang := look_for(5, dog, clock)) is not None:
+            break
+    assert hang is not None and hang.silent_ranks == [1, 3]
+    assert (step - 60) * 5 >= 110
 
 
 def test_a_rank_that_left_a_record_is_not_silent(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def test_a_file_is_sound_and_says_what_it_asks_for(launcher: str, capsys: pytest
     ("words", "said"),
     [
         (["--nodes", "1"], "has 141 GB; use --data.max_pack_tokens 8960"),
+        (["--nodes", "28", "--gpu", "a100"], "and has 80 GB"),
+        (["--nodes", "28", "--gpu", "a1000"], "h200"),
         (
             ["--nodes", "1", "--parallel.tensor_model_parallel_size", "3"],
             "world size 8 is not a multiple of TP x PP x CP = 3; start 6 ranks",

@@ -23,9 +23,9 @@ from megasora.config.autoencoder_checks import raise_on_autoencoder_problems
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.errors import UserError
 from megasora.config.files import written_whole
-from megasora.config.memory_cure import H200_BYTES
 from megasora.config.schema import RunConfig
 from megasora.config.validate import raise_on_problems
+from megasora.perf.hardware import load_hardware
 from megasora.slurm.flags import changed_flags
 from megasora.slurm.job import PREEMPTIBLE_INTERVAL_STEPS, Launcher, SlurmJob, check_job
 from megasora.slurm.template import GIVEN, render
@@ -41,6 +41,8 @@ class JobArgs:
     """Ranks on a node, one a GPU."""
     cpus_per_gpu: int = 12
     """Cores of a rank; data.decode_workers of them decode."""
+    gpu: str = "h200"
+    """Whose memory the run must fit: a profile as megasora plan takes it."""
     partition: str | None = None
     """Partition; None leaves a line to fill in."""
     account: str | None = None
@@ -112,10 +114,11 @@ def run(args: AnyArgs) -> Answer:
     """The file, or the problems that its job would end with."""
     job = _job(args)
     check_job(job)
+    gpu_bytes = load_hardware(args.gpu).memory_bytes
     if isinstance(job.config, AutoencoderRunConfig):
-        _check_autoencoder(job.config, job)
+        _check_autoencoder(job.config, job, gpu_bytes=gpu_bytes)
     else:
-        raise_on_problems(job.config, world_size=job.world_size, check_memory=job.on_gpus)
+        raise_on_problems(job.config, world_size=job.world_size, check_memory=job.on_gpus, gpu_bytes=gpu_bytes)
     text = render(job)
     if args.output is not None:
         with file_errors(), written_whole(args.output) as temporary:
@@ -124,7 +127,7 @@ def run(args: AnyArgs) -> Answer:
     return Answer(data=data, show=lambda: _show(args, job, text))
 
 
-def _check_autoencoder(config: AutoencoderRunConfig, job: SlurmJob) -> None:
+def _check_autoencoder(config: AutoencoderRunConfig, job: SlurmJob, *, gpu_bytes: float) -> None:
     """The checks of train-ae, where LPIPS's folder may be given at submission."""
     loss = config.loss
     if loss.lpips is None and loss.lpips_weight > 0:
@@ -134,7 +137,7 @@ def _check_autoencoder(config: AutoencoderRunConfig, job: SlurmJob) -> None:
         return
     from megasora.scaling.autoencoder_memory import checked_memory
 
-    _, found = checked_memory(config, world_size=job.world_size, gpu_bytes=H200_BYTES)
+    _, found = checked_memory(config, world_size=job.world_size, gpu_bytes=gpu_bytes)
     if found:
         raise UserError(str(found[0]))
 

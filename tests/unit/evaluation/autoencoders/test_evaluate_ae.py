@@ -114,9 +114,12 @@ def test_an_interrupted_command_goes_on(made: Path, tmp_path: Path, monkeypatch:
     evaluate(*words)
     second = finished(tmp_path / "out")
     assert len(second) == 2 and first.items() <= second.items()
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "70")
     evaluate(*words)
     assert finished(tmp_path / "out") == second
-    capsys.readouterr()
+    quality, cost = (line for line in capsys.readouterr().out.splitlines() if "TxHxW" in line)  # two tables, for one would be broken
+    assert "PSNR, dB" in quality and "SSIM" in quality and "encode" in cost and "FLOPs" in cost
     damaged = next((tmp_path / "out" / "clips").iterdir())
     (damaged / "arrays.npz").write_bytes(b"PK")
     evaluate(*words, code=2)
