@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from megasora.checkpoint import local_copies, store
 from megasora.checkpoint.lease import Lease
@@ -27,6 +26,7 @@ from megasora.data.plan import SamplerState
 from megasora.models.mmdit.sharded_state import model_tensors
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.row_shards import reshard
+from megasora.training.first_rank import on_rank_0
 from megasora.training.guard import Guard
 from megasora.training.moments import moments_of, set_moments
 from megasora.training.optimizer import ensure_adam_state, owned_shards, refresh_masters
@@ -55,15 +55,7 @@ def held_lease(root: Path, *, take_over: bool) -> Iterator[Lease | None]:
     Raises:
         UserError: another run has it; the same on every rank.
     """
-    lease, refused = None, [""]
-    if dist.get_rank() == 0:
-        try:
-            lease = Lease.take(root, force=take_over)
-        except UserError as error:
-            refused = [str(error)]
-    dist.broadcast_object_list(refused, src=0)
-    if refused[0]:
-        raise UserError(refused[0])
+    lease = on_rank_0(lambda: Lease.take(root, force=take_over))
     try:
         yield lease
     finally:
@@ -259,6 +251,7 @@ class Checkpoints(RunCheckpoints["Trainee"]):
 
     def load(self, trainee: Trainee, found: Found) -> None:
         """See `RunCheckpoints.load`."""
+        reshard(trainee.chunks)  # ZeRO-2 keeps parameters gathered after a step that did not happen
         facts = found.manifest
         ensure_adam_state(trainee.optimizer, step=facts["step"])
         shards = list(owned_shards(trainee.optimizer))

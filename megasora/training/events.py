@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,6 +21,9 @@ from megasora.training.guard import Guard
 from megasora.training.metrics import MetricsLog, film_strip
 from megasora.training.profiling import Place
 from megasora.training.step import Trainee
+
+Shown = tuple[Tensor, str | None]
+"""A sample clip's pictures, and why its file could not be written."""
 
 
 class Event(Protocol):
@@ -106,14 +108,20 @@ class ShowSamples:
         context, prompts = self.context, self.config.evaluation.sample_prompts
         files = [f"step_{trainee.step:08d}_{number:02d}.mp4" for number in range(len(prompts))]
         leads = context.at.tp == context.at.cp == context.at.pp == 0
-        own: dict[int, Tensor] = {}
+        own: dict[int, Shown] = {}
         for number in range(context.at.dp, len(files), context.topology.dp):
             video = self._draw(number)
             if leads:
                 assert video is not None, "the replica's first rank gets the clip"
-                own[number] = self._write(files[number], video.float())
-        self._show(own, leads=leads, step=trainee.step)
-        return {"event": "sample", "files": files}
+                video = video.float()
+                own[number] = (film_strip(video), self._write(files[number], video))
+        lost = self._show(own, leads=leads, step=trainee.step)
+        event: dict[str, Any] = {"event": "sample", "files": [name for number, name in enumerate(files) if number not in lost]}
+        if not lost:
+            return event
+        failed = [{"file": files[number], "reason": reason} for number, reason in lost.items()]
+        said = ", ".join(f"{one['file']} ({one['reason']})" for one in failed)
+        return {**event, "failed": failed, "said": f"sample clips that cannot be written: {said}; the run goes on"}
 
     def _draw(self, number: int) -> Tensor | None:
         settings = self.config.sample
@@ -123,18 +131,25 @@ class ShowSamples:
         latent = self.sampler.sample(prompt, size, seed=settings.seed + number)
         return self.encoders.vae.decode(latent, group=self.context.replica)
 
-    def _write(self, name: str, video: Tensor) -> Tensor:
+    def _write(self, name: str, video: Tensor) -> str | None:
+        """Why it could not be written: a full disk on one rank must not end what others wait for."""
         folder = Path(str(self.config.run_dir)) / "samples"
-        folder.mkdir(exist_ok=True)
-        write_video(folder / name, video, fps=self.config.sample.fps)
-        return film_strip(video)
+        try:
+            folder.mkdir(exist_ok=True)
+            write_video(folder / name, video, fps=self.config.sample.fps)
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
 
-    def _show(self, own: dict[int, Tensor], *, leads: bool, step: int) -> None:
-        shares: list[dict[int, torch.Tensor]] = [{} for _ in range(self.context.topology.dp)]
+    def _show(self, own: dict[int, Shown], *, leads: bool, step: int) -> dict[int, str]:
+        """Show the clips of all replicas; why some of them could not be written."""
+        shares: list[dict[int, Shown]] = [{} for _ in range(self.context.topology.dp)]
         if leads:
             dist.all_gather_object(shares, own, group=self.context.pg_collection.dp)
-        for number, strip in sorted((number, strip) for share in shares for number, strip in share.items()):
+        shown = sorted((item for share in shares for item in share.items()), key=lambda item: item[0])
+        for number, (strip, _) in shown:
             self.log.add_images(f"samples/{number}", strip, step=step)
+        return {number: problem for number, (_, problem) in shown if problem is not None}
 
 
 class Save:

@@ -7,6 +7,7 @@ Ranges in a trace: `step|12`, within it `place|data`, `place|forward_backward`, 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -84,24 +85,37 @@ class StepProfiler:
         if self._step is None:
             return []
         self._leave()
-        if self.ends_with(step):
-            self.close()
-        return [{"event": "profile", "step": step, "folder": str(self.folder)}]
+        said = self._write() if self.ends_with(step) else None
+        event = {"event": "profile", "step": step, "folder": str(self.folder)}
+        if said is None:
+            return [event]
+        if self.context.rank > 0:  # its records are not kept
+            print(f"megasora: {said}", file=sys.stderr, flush=True)
+        return [{**event, "said": said}]
 
     def close(self) -> None:
         """Write what was traced."""
         self._leave()
+        if (said := self._write()) is not None:
+            print(f"megasora: {said}", file=sys.stderr, flush=True)
+
+    def _write(self) -> str | None:
+        """What there is to say: a trace that cannot be written does not end a rank that others wait for."""
         if self._profile is None:
-            return
+            return None
         profile, self._profile = self._profile, None
         if self._names is not None:
             self._names.remove()
         if self.context.device.type == "cuda":
             torch.cuda.synchronize()
         profile.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.file) as temporary:
-            profile.export_chrome_trace(str(temporary))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with written_whole(self.file) as temporary:
+                profile.export_chrome_trace(str(temporary))
+        except OSError as error:
+            return f"rank {self.context.rank}'s trace {self.file} cannot be written ({error.strerror or error}); the run goes on"
+        return None
 
     def _start(self) -> None:
         cuda = [ProfilerActivity.CUDA] if self.context.device.type == "cuda" else []

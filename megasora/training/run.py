@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megasora.config.io import save_yaml
 from megasora.config.schema import RunConfig
 from megasora.config.validate import raise_on_problems
 from megasora.parallel import groups
@@ -19,6 +18,7 @@ from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.training.assets import with_assets
 from megasora.training.checkpoints import held_lease
 from megasora.training.diffusion import DiffusionTrainer
+from megasora.training.first_rank import make_run_dir, save_config
 from megasora.training.trainer import StopRequest
 from megasora.training.vitals import open_sentry
 
@@ -39,12 +39,9 @@ def train(config: RunConfig) -> None:
         use_deterministic_algorithms(device)
     context = groups.initialize(config.parallel, device=device, num_attention_heads=config.model.num_attention_heads, seed=config.init.seed)
     run_dir = Path(config.run_dir or f"runs/{config.recipe}").absolute()
-    if context.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    make_run_dir(run_dir)
     with held_lease(run_dir / "checkpoints", take_over=config.checkpoint.take_over) as lease:
         config = with_assets(replace(config, run_dir=str(run_dir)), folder=run_dir / "assets")
-        if context.rank == 0:
-            save_yaml(config, run_dir / "config.yaml")
+        save_config(config, run_dir)
         with open_sentry(config, context=context, run_dir=run_dir) as sentry:
             DiffusionTrainer(config, context=context, run_dir=run_dir, stop=stop, lease=lease, sentry=sentry).run()

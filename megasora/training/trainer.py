@@ -179,8 +179,10 @@ class Trainer(ABC):
                 self.checkpoints.happened(last=True)
                 raise
             finally:
-                self.vitals.close()
-                self.checkpoints.abandon()
+                try:
+                    self.vitals.close()
+                finally:
+                    self.checkpoints.abandon()
 
     def _feed_and_train(self) -> None:
         following: Next = "feed"
@@ -264,12 +266,13 @@ class Trainer(ABC):
         sync_parameters(self.trainee.wrapped)
         self.vitals.enter("save")
         self.events += self.checkpoints.happened(last=True)  # what is being saved may be what the run goes back to
-        left = self.trainee.step
+        left, known = self.trainee.step, list(self.guard.left_out.values())
         resumed = self.checkpoints.resume(self.trainee, guard=self.guard)
         if resumed is None:
             raise TrainingFailedError(
                 f"{problem} after step {left}, and no checkpoint to go back to; lower --optimizer.lr or --checkpoint.interval_steps"
             )
+        self.guard.leave_out(known)  # of these data, which a checkpoint of other data has not: its resuming forgets all
         self.applied = None
         self.log.rewind(self.trainee.step)
         self.events.append({"event": "go_back", "from_step": left, "to": resumed["from"]})

@@ -11,7 +11,6 @@ from megasora.config.autoencoder_checks import raise_on_autoencoder_problems
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.distillation_checks import TINY_RECIPE
 from megasora.config.errors import UserError
-from megasora.config.io import save_yaml
 from megasora.config.schema import ParallelConfig
 from megasora.data.tiny_clips import make_tiny_clips
 from megasora.models.encoders.bundle import be_quiet
@@ -20,6 +19,7 @@ from megasora.parallel.determinism import use_deterministic_algorithms
 from megasora.training.autoencoder.teaching import with_teacher
 from megasora.training.autoencoder.trainer import AutoencoderTrainer
 from megasora.training.checkpoints import held_lease
+from megasora.training.first_rank import make_run_dir, save_config
 from megasora.training.trainer import StopRequest
 from megasora.training.vitals import open_sentry
 
@@ -44,14 +44,11 @@ def train_autoencoder(config: AutoencoderRunConfig) -> None:
     layout = ParallelConfig(context_parallel_size=sharing.context_parallel_size, timeout_minutes=sharing.timeout_minutes)
     context = groups.initialize(layout, device=device, num_attention_heads=1, seed=config.init.seed)
     run_dir = Path(config.run_dir or f"runs/{config.recipe}").absolute()
-    if context.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    make_run_dir(run_dir)
     with held_lease(run_dir / "checkpoints", take_over=config.checkpoint.take_over) as lease:
         config = with_clips(replace(config, run_dir=str(run_dir)), folder=run_dir / "assets")
         config = with_teacher(config, folder=run_dir / "assets")
-        if context.rank == 0:
-            save_yaml(config, run_dir / "config.yaml")
+        save_config(config, run_dir)
         with open_sentry(config, context=context, run_dir=run_dir) as sentry:
             AutoencoderTrainer(config, context=context, run_dir=run_dir, stop=stop, lease=lease, sentry=sentry).run()
 
