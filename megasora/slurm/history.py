@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from megasora.config.errors import UserError
+from megasora.config.files import json_lines
 from megasora.config.io import read_yaml
 
 
@@ -19,7 +19,7 @@ class End:
     job: int
     restart: int
     step: int
-    """Last step in metrics.jsonl then."""
+    """Last step that was recorded or saved then."""
     reason: str
 
 
@@ -49,7 +49,7 @@ def read_history(run_dir: Path) -> RestartLog:
     config = run_dir / "config.yaml"
     return RestartLog(
         ends=tuple(_end(match) for line in _lines(run_dir / "restarts.log") if (match := LINE.fullmatch(line))),
-        step=max((json.loads(line)["step"] for line in _lines(run_dir / "metrics.jsonl")[-1:]), default=None),
+        step=max((record["step"] for record in json_lines(run_dir / "metrics.jsonl")), default=None),
         steps=_steps(config) if config.exists() else 0,
         mistakes=tuple(_lines(run_dir / ".mistake")),
     )

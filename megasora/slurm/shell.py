@@ -10,8 +10,8 @@ What they rely on was seen on Slurm 22.05 (tests/slurm runs them there):
 """
 
 PREPARE = r"""
-mkdir -p "$RUN_DIR" || exit 1
-RUN_DIR=$(cd "$RUN_DIR" && pwd)
+mkdir -p -- "$RUN_DIR" || exit 1
+RUN_DIR=$(cd -- "$RUN_DIR" >/dev/null && pwd) # where CDPATH is set cd says where it went
 flags+=(--run_dir "$RUN_DIR")
 [ -n "$MANIFEST" ] && flags+=(--data.manifest "$MANIFEST")
 [ -n "$WEIGHTS" ] && flags+=(--init.weights "$WEIGHTS")
@@ -34,11 +34,30 @@ crashes_file=$RUN_DIR/.crashes
 # where a rank that meets a user's mistake says so: its exit code may drown in those of the ranks that are ended with it
 export MEGASORA_MISTAKE_FILE=$RUN_DIR/.mistake
 rm -f "$MEGASORA_MISTAKE_FILE"
-ends=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null || echo 99999999999) # of this attempt, by its time limit
-last_step() {
-    local found
-    found=$(grep -o '^{"step": [0-9]*' "$RUN_DIR/metrics.jsonl" 2>/dev/null | tail -n1 | tr -dc 0-9)
-    echo "${found:-0}"
+ends=$(SLURM_TIME_FORMAT=standard squeue -h -j "$SLURM_JOB_ID" -o %e) # of this attempt, by its time limit
+case $ends in [0-9]*-*T*) ends=$(date -d "$ends" +%s 2>/dev/null) ;; *) ends="" ;; esac # N/A; or no answer, which date takes for midnight
+ends=${ends:-99999999999}
+saved_step() { # of the newest complete checkpoint: what the tracker names, or what lost its writer before it was named
+    local root=$RUN_DIR/checkpoints named manifest step=0
+    named=$(cat "$root/latest" 2>/dev/null)
+    for manifest in "$root"/step_*/manifest.json; do
+        [[ $manifest =~ /step_0*([0-9]+)/manifest\.json$ ]] || continue
+        [ "$manifest" -nt "$root/latest" ] || [ "$manifest" = "$root/$named/manifest.json" ] || continue
+        step=${BASH_REMATCH[1]}
+    done
+    echo "$step"
+}
+last_step() { # recorded or saved: the last step is saved before it is recorded, and a full disk costs records
+    local found saved
+    found=$(grep -o '^{"step": [0-9]*[,}]' "$RUN_DIR/metrics.jsonl" 2>/dev/null | tail -n1 | tr -dc 0-9)
+    saved=$(saved_step)
+    [ "${found:-0}" -gt "$saved" ] && saved=$found
+    echo "$saved"
+}
+began=-1 # where the next attempt would begin, had this one done nothing; after the first there is always another
+[ "$restarts" -eq 0 ] || began=$(saved_step)
+no_further() { # restarts without end are for those that come further
+    [ "$restarts" -ge "$MAX_RESTARTS" ] && [ "$(saved_step)" -le "$began" ]
 }
 verdict() { # why this attempt ended, for the log and for `megasora slurm status`
     echo "$(date -Is) job $SLURM_JOB_ID restart $restarts step $(last_step): $1" | tee -a "$RUN_DIR/restarts.log"
@@ -93,8 +112,14 @@ WAIT = r"""
 signals=0
 terminated() {
     signals=$((signals + 1))
+    [ "$(date +%s)" -lt "$ends" ] && return
     # at the time limit there is no later: Slurm kills this script in a few seconds
-    [ "$(date +%s)" -lt "$ends" ] || { verdict "time limit, before the ranks had ended; requeued"; requeue; }
+    if no_further; then
+        verdict "time limit, before the ranks had ended; not requeued: no new checkpoint after $MAX_RESTARTS restarts"
+    else
+        verdict "time limit, before the ranks had ended; requeued"
+        requeue
+    fi
 }
 trap terminated TERM
 trap 'signals=$((signals + 1)); scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 # warned alone (--signal=B:USR1): pass it on to the ranks
@@ -103,18 +128,31 @@ while seen=$signals; wait "$launcher"; code=$?; [ "$signals" -ne "$seen" ]; do :
 
 VERDICT = r"""
 step=$(last_step) steps=$(sed -n '/^train:$/,/^[^ ]/s/^  steps: //p' "$RUN_DIR/config.yaml" 2>/dev/null)
-state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
+job_state() { # a controller that does not answer is asked again
+    local found
+    for _ in 1 2 3 4 5; do
+        found=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
+        [ -n "$found" ] && break
+        sleep 10
+    done
+    echo "${found:-RUNNING}"
+}
 if [ "$code" -eq 0 ] && [ "$step" -ge "${steps:-0}" ]; then
     verdict "finished"
 elif [ -s "$MEGASORA_MISTAKE_FILE" ] || [ "$code" -eq 2 ]; then
     verdict "not requeued: a mistake that another try would repeat; its cure is above"
     code=2
-elif [ "$state" != RUNNING ]; then
+elif [ "$(job_state)" != RUNNING ]; then
     verdict "ended from outside" # scancel; or a node failed, and Slurm has requeued the job already
 elif [ "$code" -eq 0 ] || [ "$signals" -gt 0 ]; then
-    verdict "stopped as asked (preemption or the time limit), requeued"
     rm -f "$crashes_file"
-    requeue
+    if no_further; then
+        verdict "not requeued: stopped without a new checkpoint after $MAX_RESTARTS restarts (exit code $code)"
+        [ "$code" -ne 0 ] || code=1 # it has not finished
+    else
+        verdict "stopped as asked (preemption or the time limit), requeued"
+        requeue
+    fi
 else # a crash: again, unless crashes follow each other without getting anywhere
     crashes=0 best=-1
     [ -f "$crashes_file" ] && read -r crashes best <"$crashes_file"

@@ -26,14 +26,18 @@ def render(job: SlurmJob) -> str:
         _about(job),
         _options(job),
         _variables(job),
-        "\n".join([shell.PREPARE, shell.ENCODERS if job.trains == "train" else shell.LPIPS, shell.ATTEMPT]),
+        "\n".join([shell.PREPARE, _of_job(shell.ENCODERS, job) if job.trains == "train" else shell.LPIPS, shell.ATTEMPT]),
         shell.RENDEZVOUS,
         _setup(job),
         _launch(job),
         shell.WAIT,
         shell.VERDICT,
     )
-    text = "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _of_job(text: str, job: SlurmJob) -> str:
+    """With the folder of its autoencoder."""
     causal = isinstance(job.config, AutoencoderRunConfig) or job.config.encoders.causal
     return text if causal else text.replace(*AUTOENCODERS)
 
@@ -44,7 +48,7 @@ def _about(job: SlurmJob) -> str:
         "#!/bin/bash",
         f"# {job.config.recipe} on {size}. This file was written by, and is submitted by",
         "#",
-        f"#   {job.command}",
+        *(f"#   {line}" for line in job.command.splitlines()),
         f"#   {_example(job)}",
         "#",
         "# Submit it in the environment that megasora is installed in; arguments after the file's name go to megasora "
@@ -122,8 +126,9 @@ def _variables(job: SlurmJob) -> str:
         "set -uo pipefail",
         "# each may be given in the environment of sbatch instead",
         _default("RUN_DIR", run_dir) + "    # on a file system that all nodes see",
-        *(f"{_default(name, value or '')}    # {_ABOUT[job.trains, name]}" for name, value in sources.items()),
-        f"{_default('MAX_RESTARTS', str(job.restarts_allowed))}    # restarts of any cause, after which a crash is left to a person",
+        *(f"{_default(name, value or '')}    # {_of_job(_ABOUT[job.trains, name], job)}" for name, value in sources.items()),
+        f"{_default('MAX_RESTARTS', str(job.restarts_allowed))}"
+        "    # restarts of any cause, after which a crash, or a stop that saved nothing, is left to a person",
         f"{_default('MAX_CRASHES', str(MAX_CRASHES))}    # so are this many crashes in a row that came no step further than ever before",
         f"recipe={shlex.quote(job.recipe)} ranks_per_node={job.gpus_per_node}",
         f"flags=({_array(job.flags)})" if job.flags else "flags=()",
@@ -165,7 +170,8 @@ def _array(words: tuple[str, ...]) -> str:
 
 
 def _setup(job: SlurmJob) -> str:
-    return "\n".join(job.setup)
+    """What others have written, such as conda's activation, reads variables that are not set."""
+    return "\n".join(["set +u", *job.setup, "set -u"]) if job.setup else ""
 
 
 def _launch(job: SlurmJob) -> str:

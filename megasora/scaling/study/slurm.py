@@ -21,7 +21,10 @@ from megasora.slurm.history import read_history
 from megasora.slurm.job import SlurmJob, check_job
 from megasora.slurm.template import GIVEN, render
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED")
+"""States of a job that will not run again; one that was preempted and will is PENDING."""
+SILENCE = 30
+"""Looks in a row, five minutes of them, at which Slurm gives no answer before a job counts as gone: its controller may be restarting."""
 
 
 class SlurmLauncher:
@@ -101,11 +104,20 @@ class SlurmHandle:
     """
 
     def __init__(self, number: str, *, run_dir: Path) -> None:
-        self.number, self.run_dir = number, run_dir
+        self.number, self.run_dir, self.unanswered = number, run_dir, 0
 
     def poll(self) -> Ended | None:
-        """Its end, by what the job's script left and Slurm says."""
-        state = job_state(self.number)
+        """Its end, by what the job's script left and Slurm says.
+
+        Raises:
+            UserError: there is no Slurm on this machine.
+        """
+        try:
+            state = job_state(self.number, last_try=self.unanswered + 1 >= SILENCE)
+        except SilentError:
+            self.unanswered += 1
+            return None
+        self.unanswered = 0
         if state is not None and state not in ENDED:
             return None
         reason = self._verdict()
@@ -129,30 +141,48 @@ class SlurmHandle:
         return ends[-1].reason if ends else None
 
 
-def job_state(number: str) -> str | None:
-    """A job's state as Slurm has it (PENDING, RUNNING, COMPLETED, ...); None when it is not known any more."""
-    found = _answer(["scontrol", "show", "job", number])
-    match = re.search(r"JobState=([A-Z_]+)", found or "")
+class SilentError(RuntimeError):
+    """The controller does not answer."""
+
+
+def job_state(number: str, *, last_try: bool = True) -> str | None:
+    """A job's state as Slurm has it (PENDING, RUNNING, COMPLETED, ...); None when it is not known any more.
+
+    Args:
+        number: of the job.
+        last_try: whether accounting is believed where the controller does not answer; it may hold the end of an earlier attempt.
+
+    Raises:
+        SilentError: the controller does not answer, and it is not the last try.
+        UserError: there is no Slurm on this machine.
+    """
+    done = _run(["scontrol", "show", "job", number])
+    match = re.search(r"JobState=([A-Z_]+)", done.stdout)
     if match:
         return match[1]
-    known = (_answer(["sacct", "-X", "-n", "-j", number, "-o", "State%20"]) or "").split()
+    if "Invalid job id" not in done.stderr and not last_try:
+        raise SilentError(done.stderr)
+    try:
+        known = _ask(["sacct", "-X", "-n", "-j", number, "-o", "State%20"]).split()
+    except UserError:  # no accounting; a job that Slurm has forgotten is no error
+        return None
     return known[0] if known else None
 
 
 def _ask(words: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(list(words), capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {words[0]} on this machine; --launcher local runs the points here") from error
+    """What a command says.
+
+    Raises:
+        UserError: it fails, or is not here.
+    """
+    done = _run(words)
     if done.returncode:
         raise UserError(f"{words[0]}: {' '.join(done.stderr.split()) or done.returncode}")
     return done.stdout
 
 
-def _answer(words: Sequence[str]) -> str | None:
-    """What a command says; None where it fails: a job that Slurm has forgotten is no error."""
+def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(list(words), capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
+        return subprocess.run(list(words), capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {words[0]} on this machine; --launcher local runs the points here") from error

@@ -151,7 +151,7 @@ def test_status_shows_each_end_and_the_mistake(tmp_path: Path, capsys: pytest.Ca
         "2026-11-27T11:00:00+00:00 job 7 restart 1 step 240: not requeued: a mistake that another try would repeat; its cure is above\n"
     )
     (tmp_path / ".mistake").write_text("rank 0: data.manifest: cannot read clips.csv\n")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 239}\n{"step": 240}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 239}\n{"step": 240}\n{"step": 24')  # cut off by a crash
     cli.main(["slurm", "status", str(tmp_path), "--json"])
     status = json.loads(capsys.readouterr().out)
     assert [(end["restart"], end["step"]) for end in status["ends"]] == [(0, 120), (1, 240)]
@@ -162,9 +162,17 @@ def test_status_shows_each_end_and_the_mistake(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_each_autoencoder_has_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    text = rendered(["opensora2_dc_ae", "--nodes", "20"], capsys)
-    assert '--encoders.vae "$ENCODERS/dc-ae"' in text and "hunyuan" not in text
+    text = rendered(["opensora2_dc_ae", "--nodes", "20", "--encoders_dir", "beside/hunyuan-vae"], capsys)
+    assert '--encoders.vae "$ENCODERS/dc-ae"' in text and "folder with dc-ae" in text
+    assert "ENCODERS=${ENCODERS:-beside/hunyuan-vae}" in text  # a path is left as it is
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_setup_of_several_lines_stays_a_comment_before_slurm_s_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """sbatch reads no option behind the first line that is no comment."""
+    text = rendered(["opensora2_stage1", "--nodes", "28", "--setup", "module load a\nmodule load b"], capsys)
+    assert all(line.startswith("#") or not line for line in text[: text.index("#SBATCH --job-name")].splitlines())
+    assert "\nset +u\nmodule load a\nmodule load b\nset -u\n" in text
 
 
 def test_supervise_and_status_know_an_autoencoder_s_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from megasora.scaling.study.grid import Grid, SlurmSettings
 from megasora.scaling.study.launch import Handle, LocalLauncher, Task
 from megasora.scaling.study.outcome import Ended, judge, last_error, read_outcome
 from megasora.scaling.study.run import collect_study, open_folder, orders, plan_study, run_study
-from megasora.scaling.study.slurm import SlurmLauncher
+from megasora.scaling.study.slurm import SlurmHandle, SlurmLauncher
 
 GRID = Grid(
     recipe="tiny", gpus=(1, 2), layouts={"dp": {}, "tp2": {"tp": 2}}, steps=4, warmup_steps=2, repeats=2, overrides={"device": "cpu"}
@@ -176,13 +176,13 @@ def alive(stat: Path) -> bool:
 
 def fake_slurm(folder: Path, *, state: str, verdict: str) -> None:
     """Commands that submit a job which has ended when it is asked about."""
-    folder.mkdir()
     end = f"2026-11-28T12:00:00+00:00 job 17 restart 0 step 4: {verdict}"
-    scripts = {
-        "sbatch": f'for last; do :; done; dir=$(dirname "$last"); mkdir -p "$dir/run"; echo "{end}" >"$dir/run/restarts.log"; '
-        'cp "$last" "$dir/seen"; echo 17',
-        "scontrol": f'echo "JobId=17 JobState={state} Reason=None"',
-    }
+    sbatch = f'for last; do :; done; dir=$(dirname "$last"); mkdir -p "$dir/run"; echo "{end}" >"$dir/run/restarts.log"; '
+    commands(folder, sbatch=sbatch + 'cp "$last" "$dir/seen"; echo 17', scontrol=f'echo "JobId=17 JobState={state} Reason=None"')
+
+
+def commands(folder: Path, **scripts: str) -> None:
+    folder.mkdir(exist_ok=True)
     for name, text in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
@@ -197,6 +197,9 @@ def fake_slurm(folder: Path, *, state: str, verdict: str) -> None:
         ("TIMEOUT", "ended from outside", Ended(code=1, timed_out=True, said="job 17: the job's time limit (slurm.time)")),
         ("FAILED", "not requeued: a mistake that another try would repeat; its cure is above", Ended(code=2)),
         ("CANCELLED", "ended from outside", Ended(code=1, said="job 17: ended from outside")),
+        ("PREEMPTED", "ended from outside", Ended(code=1, said="job 17: ended from outside")),
+        ("REVOKED", "ended from outside", Ended(code=1, said="job 17: ended from outside")),
+        ("REQUEUED", "stopped as asked (preemption or the time limit), requeued", None),
     ],
 )
 def test_a_job_is_submitted_once_and_followed(
@@ -225,6 +228,37 @@ def test_a_job_is_submitted_once_and_followed(
     assert "MANIFEST=${MANIFEST:-clips.parquet}" in script  # given once, and not as a flag too
     assert "--data.manifest clips.parquet" not in script
     assert "--profile.steps 3" in script
+
+
+SILENT = 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+FORGOTTEN = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without accounting a running job would look like one that Slurm has forgotten; with it, like an earlier attempt's end."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr("megasora.scaling.study.slurm.SILENCE", 3)
+    handle = SlurmHandle("17", run_dir=tmp_path)
+    commands(tmp_path / "bin", scontrol=SILENT, sacct="exit 1")
+    assert [handle.poll(), handle.poll()] == [None, None]
+    commands(tmp_path / "bin", scontrol='echo "JobId=17 JobState=RUNNING"')
+    assert handle.poll() is None
+    commands(tmp_path / "bin", scontrol=SILENT, sacct="echo PREEMPTED")
+    assert [handle.poll(), handle.poll(), handle.poll()] == [None, None, Ended(code=1, said="job 17: PREEMPTED")]
+
+
+@pytest.mark.parametrize(("accounting", "said"), [("exit 1", "gone from the queue"), ("echo CANCELLED by 7", "CANCELLED")])
+def test_a_job_that_slurm_has_forgotten_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accounting: str, said: str) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    commands(tmp_path / "bin", scontrol=FORGOTTEN, sacct=accounting)
+    assert SlurmHandle("17", run_dir=tmp_path).poll() == Ended(code=1, said=f"job 17: {said}")
+
+
+def test_jobs_cannot_be_followed_where_there_is_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted study that goes on elsewhere must not take its jobs for gone."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no scontrol on this machine"):
+        SlurmHandle("17", run_dir=tmp_path).poll()
 
 
 def test_without_slurm_the_local_launcher_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
