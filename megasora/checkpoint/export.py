@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from megasora.checkpoint.conversion_plan import Dtype, Init, plan_conversion
+from megasora.checkpoint.conversion_plan import Dtype, Init, Plan, plan_conversion
 from megasora.checkpoint.convert import SHARD_BYTES, OnProgress, convert
 from megasora.checkpoint.formats.lora import (
     FORMAT_OF,
@@ -22,7 +22,7 @@ from megasora.checkpoint.formats.lora import (
 )
 from megasora.checkpoint.formats.lora_settings import LoraSettings, parse_settings
 from megasora.checkpoint.formats.rules import FORMATS, Format
-from megasora.checkpoint.megatron_io import is_megatron_checkpoint
+from megasora.checkpoint.megatron_io import HOLDS, is_megatron_checkpoint
 from megasora.checkpoint.outputs import write_json
 from megasora.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
 from megasora.checkpoint.source import Axes, Select, open_source
@@ -47,6 +47,17 @@ class Conversion:
     """For people: formats, lossy steps, counts, the proof."""
     manifest: dict[str, Any]
     proof: Proof | None
+
+
+def _refuse_unreadable(plan: Plan, target_format: Format) -> None:
+    """Refuse types that a distributed checkpoint cannot hold.
+
+    Raises:
+        UserError: names the first tensor.
+    """
+    wrong = [key for key, item in plan.targets.items() if item.info.dtype not in HOLDS]
+    if target_format == "megasora" and wrong:
+        raise UserError(f"{wrong[0]} is of type {plan.targets[wrong[0]].info.dtype}, which a checkpoint cannot hold; add --dtype bf16")
 
 
 def export_weights(
@@ -96,6 +107,7 @@ def export_weights(
     source = open_source(source_path, fmt=source_format, axes_dim=axes_dim, select=select)
     adapter = None if merge_lora is None else open_adapter(merge_lora, model=source.model)
     plan = plan_conversion(source, target_format, init=init, drop_cond=drop_cond, dtype=dtype, adapter=adapter, lora_scale=lora_scale)
+    _refuse_unreadable(plan, target_format)
     lines = [f"{source.fmt} -> {target_format}: {source_path} -> {target}", *plan.notes]
     manifest: dict[str, Any] = {}
     if not (prove and target.exists()):

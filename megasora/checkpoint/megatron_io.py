@@ -45,6 +45,8 @@ _STORAGES = {
     "LongStorage": "I64",
     "BoolStorage": "BOOL",
 }
+HOLDS = tuple(_STORAGES.values())
+"""Types that a distributed checkpoint can be read back in: torch.save names FP8's rebuilding by a function that takes code."""
 
 
 class BadCheckpointError(UserError):

@@ -55,7 +55,8 @@ TORCH_NAMES = {
     "F64": "float64",
 }
 """The same types as attributes of torch."""
-FLOATS = ("BF16", "F16", "F32", "F64")
+FLOATS = ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32", "F64")
+"""Those of numbers; one of fewer bytes is exact in one of more."""
 
 
 @dataclass(frozen=True, kw_only=True)

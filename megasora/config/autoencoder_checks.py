@@ -8,6 +8,7 @@ from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.distillation_checks import distillation_problems
 from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
+from megasora.config.number_checks import check_milestones, optimizer_ranges, outside, run_ranges
 from megasora.config.problem import Problem
 from megasora.config.profile_steps import profiled_steps
 from megasora.config.schema import OptimizerConfig
@@ -202,22 +203,10 @@ def _data(config: AutoencoderRunConfig) -> Iterator[Problem]:
 
 
 def _numbers(config: AutoencoderRunConfig) -> Iterator[Problem]:
+    yield from outside(run_ranges(config))
     for section, optimizer in _sections(config):
-        ranges = (
-            ("lr", optimizer.lr > 0, "positive"),
-            ("beta1", 0 <= optimizer.beta1 < 1, "in [0, 1)"),
-            ("beta2", 0 <= optimizer.beta2 < 1, "in [0, 1)"),
-            ("eps", optimizer.eps > 0, "positive"),
-            ("clip_grad", optimizer.clip_grad >= 0, "0 or positive"),
-            ("ema_decay", 0 <= optimizer.ema_decay < 1, "in [0, 1)"),
-        )
-        for name, good, rule in ranges:
-            if not good:
-                yield Problem(field=f"{section}.{name}", message=f"is {getattr(optimizer, name)}", cure=f"use a value that is {rule}")
-    if config.train.steps < 1:
-        yield Problem(field="train.steps", message=f"is {config.train.steps}", cure="use 1 or more")
-    if config.guard.window < 4 or config.guard.patience < 1:
-        yield Problem(field="guard", message="window and patience are too small", cure="use a window of 4 or more, a patience of 1 or more")
+        yield from outside(optimizer_ranges(section, optimizer))
+        yield from check_milestones(section, optimizer)
     evaluation = config.evaluation
     if evaluation.interval_steps < 0 or evaluation.max_clips < 1 or evaluation.shown_clips < 0:
         yield Problem(field="evaluation", message="has a negative number", cure="use 0 to turn it off")

@@ -9,6 +9,7 @@ from megasora.config.errors import UserError
 from megasora.config.latent_frames import frame_rule, is_frame_count, nearest_frame_count
 from megasora.config.memory import memory_estimate
 from megasora.config.memory_cure import H200_BYTES, memory_cure
+from megasora.config.number_checks import check_numbers
 from megasora.config.optimizer_checks import check_moments
 from megasora.config.parameters import modulation_parameters
 from megasora.config.problem import Check, Problem
@@ -332,39 +333,6 @@ def _tiles(config: RunConfig, world_size: int) -> Iterator[Problem]:
         )
 
 
-def _numbers(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    optimizer = config.optimizer
-    ranges = (
-        ("optimizer.lr", optimizer.lr, optimizer.lr > 0, "positive"),
-        ("optimizer.beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "in [0, 1)"),
-        ("optimizer.beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "in [0, 1)"),
-        ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "positive"),
-        ("optimizer.ema_decay", optimizer.ema_decay, 0 <= optimizer.ema_decay < 1, "in [0, 1)"),
-        ("optimizer.clip_grad", optimizer.clip_grad, optimizer.clip_grad >= 0, "0 or positive"),
-        ("train.steps", config.train.steps, config.train.steps > 0, "positive"),
-        ("checkpoint.interval_steps", config.checkpoint.interval_steps, config.checkpoint.interval_steps >= 0, "0 or positive"),
-        (
-            "checkpoint.local_interval_steps",
-            config.checkpoint.local_interval_steps,
-            (config.checkpoint.local_interval_steps > 0) == (config.checkpoint.local_dir is not None),
-            "positive with checkpoint.local_dir, and 0 without",
-        ),
-        ("data.quarantine_after", config.data.quarantine_after, config.data.quarantine_after >= 0, "0 or positive"),
-        ("guard.window", config.guard.window, config.guard.window >= 4, "at least 4"),
-        ("guard.loss_deviations", config.guard.loss_deviations, config.guard.loss_deviations >= 0, "0 or positive"),
-        ("guard.norm_factor", config.guard.norm_factor, config.guard.norm_factor == 0 or config.guard.norm_factor > 1, "0 or above 1"),
-        ("guard.patience", config.guard.patience, config.guard.patience >= 1, "at least 1"),
-        ("guard.budget", config.guard.budget, config.guard.budget >= 0, "0 or positive"),
-        ("flow.sigma_min", config.flow.sigma_min, 0 <= config.flow.sigma_min < 1, "in [0, 1)"),
-    )
-    for name, value, good, rule in ranges:
-        if not good:
-            yield Problem(field=name, message=f"is {value}", cure=f"use a value that is {rule}")
-    steps = [step for step, _ in optimizer.lr_milestones]
-    if steps != sorted(set(steps)):
-        yield Problem(field="optimizer.lr_milestones", message=f"steps {steps} must increase", cure="sort them")
-
-
 def _sample(config: RunConfig, world_size: int) -> Iterator[Problem]:
     if config.evaluation.sample_interval_steps and not config.evaluation.sample_prompts:
         yield Problem(
@@ -415,6 +383,16 @@ def _memory(config: RunConfig, world_size: int, gpu_bytes: float) -> Iterator[Pr
     )
 
 
+def _trained(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """What a model must be to be trained here."""
+    if config.model.guidance_embed:
+        yield Problem(
+            field="model.guidance_embed",
+            message="is on, and training gives no distilled guidance (nor does Open-Sora 2.0's)",
+            cure="leave it out: guidance_in of FLUX.1-dev's weights is then dropped",
+        )
+
+
 CHECKS: tuple[Check, ...] = (
     _layout,
     _model,
@@ -426,14 +404,16 @@ CHECKS: tuple[Check, ...] = (
     check_buckets,
     _cache,
     _tiles,
-    _numbers,
+    check_numbers,
     check_profile,
     check_start,
     _sample,
 )
 
 
-def problems(config: RunConfig, *, world_size: int, check_memory: bool = True, gpu_bytes: float = H200_BYTES) -> list[Problem]:
+def problems(
+    config: RunConfig, *, world_size: int, check_memory: bool = True, gpu_bytes: float = H200_BYTES, training: bool = True
+) -> list[Problem]:
     """Everything that cannot work, in schema order; empty when the run is sound. A size below 1 hides the checks that divide by it; memory
     is asked about a run that is sound otherwise.
 
@@ -442,18 +422,21 @@ def problems(config: RunConfig, *, world_size: int, check_memory: bool = True, g
         world_size: ranks of the job.
         check_memory: whether to compare the estimate with a GPU's memory; off while it is open whether there is a GPU.
         gpu_bytes: that memory.
+        training: whether the model is trained; one that only draws clips may be of more kinds.
     """
     sizes = list(_positive(config, world_size))
-    found = sizes or [problem for check in CHECKS for problem in check(config, world_size)]
+    found = sizes or [problem for check in (*CHECKS, *([_trained] if training else [])) for problem in check(config, world_size)]
     return found or (list(_memory(config, world_size, gpu_bytes)) if check_memory else [])
 
 
-def raise_on_problems(config: RunConfig, *, world_size: int, check_memory: bool = True, gpu_bytes: float = H200_BYTES) -> None:
+def raise_on_problems(
+    config: RunConfig, *, world_size: int, check_memory: bool = True, gpu_bytes: float = H200_BYTES, training: bool = True
+) -> None:
     """Refuse a run that cannot work; the arguments are those of `problems`.
 
     Raises:
         UserError: one line per problem, each with its cure.
     """
-    found = problems(config, world_size=world_size, check_memory=check_memory, gpu_bytes=gpu_bytes)
+    found = problems(config, world_size=world_size, check_memory=check_memory, gpu_bytes=gpu_bytes, training=training)
     if found:
         raise UserError(str(found[0]) if len(found) == 1 else "\n  ".join([f"{len(found)} problems", *map(str, found)]))

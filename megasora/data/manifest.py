@@ -162,7 +162,7 @@ def _clip(row: Mapping[str, Any], number: int, folder: Path) -> Clip:
             raise ValueError(f"crop {crop} does not lie inside {width}x{height}")
     motion = next((_number(row, column) for column in MOTION_COLUMNS if not _is_empty(row.get(column))), None)
     return Clip(
-        id=str(row.get("id") or number),
+        id=str(number if _is_empty(row.get("id")) else row["id"]),
         path=str(folder / path),
         text=str(row["text"] or ""),
         num_frames=num_frames,

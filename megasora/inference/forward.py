@@ -102,7 +102,9 @@ def _check(model: ModelConfig, parallel: ParallelConfig) -> None:
     found = [
         problem
         for problem in problems(
-            RunConfig(recipe="forward", model=model, parallel=parallel, device="cpu"), world_size=parallel.model_parallel_size
+            RunConfig(recipe="forward", model=model, parallel=parallel, device="cpu"),
+            world_size=parallel.model_parallel_size,
+            training=False,
         )
         if problem.field.startswith(("parallel", "model"))
     ]

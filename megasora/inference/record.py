@@ -14,13 +14,15 @@ from megasora.checkpoint.manifests import NAME as MANIFEST
 from megasora.config.errors import UserError
 from megasora.config.files import written_whole
 from megasora.config.io import to_dict
-from megasora.config.schema import ModelConfig, RunConfig
+from megasora.config.schema import EncodersConfig, ModelConfig, RunConfig
 from megasora.data.cache.identity import encoder_facts, file_sha256, library_versions
 from megasora.inference.requests import ClipRequest
 
 FORMAT = "megasora-clip-1"
 UNSETTLED = ("made", "versions", "layout", "paths", "search", "refined_from", "refinement")
 """Parts of a record in which two records of the same clip may differ."""
+ENCODING = ("dtype", "tile_size", "tile_overlap", "tile_frames", "scaling_factor")
+"""Settings of the encoders that decide a clip beside their files."""
 NOT_OF_A_CLIP = ("height", "width", "num_frames", "seed", "guidance_parallel", "reuse_check")
 """Settings of a run's sample section that a clip has of its own, or that only say where it is computed."""
 
@@ -82,7 +84,7 @@ def record_of(
         "flow": to_dict(config.flow),
         "precision": to_dict(config.precision),
         "text_tokens": config.data.text_tokens,
-        "encoding": {name: to_dict(config.encoders)[name] for name in ("dtype", "tile_size", "tile_overlap")},
+        "encoding": {name: to_dict(config.encoders)[name] for name in ENCODING},
         "model": to_dict(model),
         "weights": {"sha256": hashes.weights, "select": select},
         "encoders": dict(hashes.encoders),
@@ -141,4 +143,6 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is no record of a clip ({FORMAT}); give the .json beside a clip that megasora sample made")
+    defaults = to_dict(EncodersConfig())
+    record["encoding"] = {name: defaults[name] for name in ENCODING} | record["encoding"]  # older ones lack the last two
     return record

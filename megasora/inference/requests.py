@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ def _whole(row: Mapping[str, Any], column: str) -> int | None:
         number = float(value)
     except (TypeError, ValueError):
         number = 0.5
-    if number != int(number) or number < 0:
+    if not math.isfinite(number) or number != int(number) or number < 0:
         raise UserError(f"{column} {value!r} is no whole number")
     return int(number)
 

@@ -66,7 +66,7 @@ def start(config: RunConfig) -> World:
     device = groups.choose_device(config.device)
     groups.start_world(device, timeout_minutes=config.parallel.timeout_minutes)
     config = replace(config, device="cpu" if device.type == "cpu" else "cuda")
-    raise_on_problems(config, world_size=dist.get_world_size(), check_memory=False)  # of training: gradients, optimizer
+    raise_on_problems(config, world_size=dist.get_world_size(), check_memory=False, training=False)  # no gradients, no optimizer
     context = groups.initialize(config.parallel, device=device, num_attention_heads=config.model.num_attention_heads, seed=0)
     replicas = config.sample.guidance_parallel
     shared = groups.sampling_groups(context, replicas=replicas, timeout_minutes=config.parallel.timeout_minutes)

@@ -32,7 +32,7 @@ from megasora.recovery.last_resort import LastResort
 HANG_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 OTHERS_WAIT_S = 5.0
-"""How long a rank with its own stacks on disk waits for those of others."""
+"""How long a rank with its own stacks on disk waits for those of others, and one that wrote its part of a save for their verdict."""
 SUSPENDED_S = 5.0
 """A look that comes so much later than it should means that this process was stopped."""
 PEERS_EVERY_S = 2.0
@@ -274,8 +274,11 @@ class Watchdog:
         allowed_s = self._limits.allowed_s(heartbeat.phase, heartbeat.median_step_s)
         if self._waits_for_clips and heartbeat.phase == "forward_backward":
             allowed_s = max(allowed_s, self._limits.data_s)
+        since = heartbeat.saving_since()
+        if heartbeat.phase == "save" and since is None:  # it waits for what another writes, whose own watchdog is to say so first
+            allowed_s += OTHERS_WAIT_S
         waits = [_Wait(phase=heartbeat.phase, waited_s=now - max(heartbeat.beat_at, resumed_at), allowed_s=allowed_s)]
-        if (since := heartbeat.saving_since()) is not None:
+        if since is not None:
             waits.append(_Wait(phase="save", waited_s=now - max(since, resumed_at), allowed_s=self._limits.save_s))
         return waits
 

@@ -140,6 +140,7 @@ class DiffusionTrainer(Trainer):
         )
         if not evaluator.held_out:
             raise UserError(f"no clip of {config.data.eval_manifest} can be decoded: {evaluator.failed[0][1]}")
+        self.events += [{"event": "skip_held_out", "clip": clip, "reason": reason} for clip, reason in evaluator.failed]
         return evaluator
 
     def _decoder(self) -> Decoder:

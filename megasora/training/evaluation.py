@@ -40,7 +40,7 @@ class HeldOut:
 
     clip: PlannedClip
     number: int
-    """Among the clips that could be encoded; names its fixed draws."""
+    """Among the planned clips; names its fixed draws."""
     tokens: torch.Tensor
     text: torch.Tensor
     vec: torch.Tensor
@@ -87,19 +87,28 @@ class Evaluator:
         dtype: torch.dtype,
     ) -> None:
         self.config, self.context, self.dtype = config, context, dtype
-        self.held_out: list[HeldOut] = []
+        self.num_clips = len(clips)
         self.failed: list[tuple[str, str]] = []
+        """Clips that some rank could not decode: all leave them out."""
+        found: dict[int, HeldOut] = {}
+        reasons: dict[int, str] = {}
         one_by_one = ([self._taken(sample, clip)] for sample, clip in enumerate(clips))
         source = SampleSource(one_by_one, clips=clips, config=config, encoders=encoders, decoder=decoder, cache=None, device=context.device)
         try:
-            for clip, step in zip(clips, source, strict=True):
+            for number, (clip, step) in enumerate(zip(clips, source, strict=True)):
                 (material,) = step.clips
                 if isinstance(material, str):
-                    self.failed.append((clip.clip.id, material))
+                    reasons[number] = material
                 else:
-                    self.held_out.append(self._encoded(clip, material, scaling_factor=source.scaling_factor))
+                    found[number] = self._encoded(clip, material, number=number, scaling_factor=source.scaling_factor)
         finally:
             source.close()
+        everywhere = torch.tensor([number in found for number in range(len(clips))], dtype=torch.int32, device=context.device)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+        for number, there in enumerate(everywhere.tolist()):
+            if not there:
+                self.failed.append((clips[number].clip.id, reasons.get(number, "another rank could not decode it")))
+        self.held_out = [held_out for number, held_out in found.items() if everywhere[number]]
 
     def _taken(self, sample: int, clip: PlannedClip) -> Taken:
         """The same frames of a clip every time, drawn where training draws."""
@@ -107,8 +116,8 @@ class Evaluator:
             return Taken(sample)
         return Taken(sample, start_of(clip, uniform=uniform(key=key_of(seed=EVAL_SEED, stream=Stream.START, sample=sample))))
 
-    def _encoded(self, clip: PlannedClip, material: Material, *, scaling_factor: float) -> HeldOut:
-        number, encoders = len(self.held_out), self.config.encoders
+    def _encoded(self, clip: PlannedClip, material: Material, *, number: int, scaling_factor: float) -> HeldOut:
+        encoders = self.config.encoders
         weights = {**vars(self.config.condition), "t2v": 1.0} if self.config.model.cond_embed else {"t2v": 1.0}
         kinds = possible_kinds(weights, num_frames=clip.num_frames, causal=encoders.causal)
         ratio, causal = encoders.temporal_compression, encoders.causal
@@ -137,7 +146,7 @@ class Evaluator:
         """Mean losses; all ranks call it together."""
         bins = self.config.evaluation.num_timestep_bins
         kinds = list(dict.fromkeys(kind for held_out in self.held_out for kind in held_out.given))
-        losses = torch.zeros(len(kinds), bins, len(self.held_out), dtype=torch.float64, device=self.context.device)
+        losses = torch.zeros(len(kinds), bins, self.num_clips, dtype=torch.float64, device=self.context.device)
         for row, kind in enumerate(kinds):
             fitting = [held_out for held_out in self.held_out if kind in held_out.given]
             for column in range(bins):
@@ -147,12 +156,12 @@ class Evaluator:
         for row, kind in enumerate(kinds):
             numbers = [held_out.number for held_out in self.held_out if kind in held_out.given]
             by_kind[kind] = float(losses[row][:, numbers].mean())
-        plain = losses[kinds.index("t2v")]
+        plain, every = losses[kinds.index("t2v")], [held_out.number for held_out in self.held_out]
         classes = {
             name: [h.number for h in self.held_out if h.clip.resolution == name] for h in self.held_out for name in [h.clip.resolution]
         }
         return HeldOutLoss(
-            by_t={f"{(column + 0.5) / bins:.2f}": float(plain[column].mean()) for column in range(bins)},
+            by_t={f"{(column + 0.5) / bins:.2f}": float(plain[column, every].mean()) for column in range(bins)},
             by_kind=by_kind,
             by_resolution={name: float(plain[:, numbers].mean()) for name, numbers in sorted(classes.items())},
         )

@@ -109,9 +109,9 @@ class ShowSamples:
         files = [f"step_{trainee.step:08d}_{number:02d}.mp4" for number in range(len(prompts))]
         leads = context.at.tp == context.at.cp == context.at.pp == 0
         own: dict[int, Shown] = {}
-        for number in range(context.at.dp, len(files), context.topology.dp):
-            video = self._draw(number)
-            if leads:
+        for number in self._numbers(len(files)):
+            video = self._draw(min(number, len(files) - 1))
+            if leads and number < len(files):
                 assert video is not None, "the replica's first rank gets the clip"
                 video = video.float()
                 own[number] = (film_strip(video), self._write(files[number], video))
@@ -122,6 +122,12 @@ class ShowSamples:
         failed = [{"file": files[number], "reason": reason} for number, reason in lost.items()]
         said = ", ".join(f"{one['file']} ({one['reason']})" for one in failed)
         return {**event, "failed": failed, "said": f"sample clips that cannot be written: {said}; the run goes on"}
+
+    def _numbers(self, prompts: int) -> range:
+        """Of this replica's prompts; where replicas gather their weights together, all draw equally many, some for nobody."""
+        dp, replicas = self.context.at.dp, self.context.topology.dp
+        together = self.config.parallel.zero_stage > 1
+        return range(dp, -(-prompts // replicas) * replicas if together else prompts, replicas)
 
     def _draw(self, number: int) -> Tensor | None:
         settings = self.config.sample

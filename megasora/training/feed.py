@@ -219,7 +219,7 @@ class Feeder:
             while True:
                 plan = next_step(self._tokens, state, seed=self.config.train.seed, global_tokens=data.global_tokens, mix=mix)
                 position, state = state, plan.state_after
-                if position not in self._left_out:
+                if plan.samples and position not in self._left_out:  # of a few clips a mix may take none in an epoch
                     break
             replicas = assign_packs(
                 [self._tokens[sample] for sample in plan.samples],

@@ -166,13 +166,20 @@ class MetricsLog:
             for name, value in (scalar for event in metrics.events for scalar in _scalars(event)):
                 self._writer.add_scalar(name, value, metrics.step)
         except OSError as error:
-            self._writer = None
-            self.say(f"TensorBoard's file cannot be written ({error.strerror or error}): it is left out until the run starts again")
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        self.say(f"TensorBoard's file cannot be written ({error.strerror or error}): it is left out until the run starts again")
 
     def add_images(self, name: str, images: Tensor, *, step: int) -> None:
         """Show images uint8 [N, 3, H, W] in TensorBoard on rank 0."""
-        if self.active and self._writer is not None:
+        if not self.active or self._writer is None:
+            return
+        try:
             self._writer.add_images(name, images, step)
+        except OSError as error:
+            self._give_up(error)
 
     def say(self, text: str) -> None:
         """A line for the log on rank 0."""

@@ -220,7 +220,10 @@ class Trainer(ABC):
         self.applied = batch.plan.position
         last = trainee.step == config.train.steps or result.stop
         self.events += self.checkpoints.happened(last=False)  # before this step's save: none is committed whose step has no record
-        self._happen(due(at_steps, trainee.step, last=last))
+        happening = due(at_steps, trainee.step, last=last)
+        if result.stop and trainee.step < config.train.steps:  # who asks may wait for a save, and for nothing else
+            happening = [event for event in happening if event.place == "save"]
+        self._happen(happening)
         if last:
             self.vitals.enter("save")
             self.events += self.checkpoints.happened(last=True)

@@ -171,3 +171,31 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, err = run(wrong, capsys)
         assert (code, out) == (2, "")
         assert len(err.strip().splitlines()) == 1, err
+
+
+def test_fp8_weights_become_what_is_asked_or_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A distributed checkpoint that no reader takes must not be called a conversion."""
+    given = write_weights(tmp_path / "f8.safetensors", "flux", DEV, dtype=torch.float8_e4m3fn)
+    code, _, err = run(["convert", str(tmp_path / "f8.safetensors"), str(tmp_path / "m"), "--to", "megasora"], capsys)
+    assert code == 2 and "is of type F8_E4M3" in err and "add --dtype bf16" in err
+    for target, fmt in (("m", "megasora"), ("flux.safetensors", "flux")):
+        words = [str(tmp_path / "f8.safetensors"), str(tmp_path / target), "--to", fmt, "--dtype", "bf16", "--verify"]
+        assert run(["convert", *words], capsys)[0] == 0
+    code, _, err = run(["convert", str(tmp_path / "m"), str(tmp_path / "back.safetensors"), "--to", "flux"], capsys)
+    assert code == 0, err
+    for name in ("flux", "back"):
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(found[key], value.to(torch.bfloat16)) for key, value in given.items())
+
+
+def test_flags_that_would_do_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_weights(tmp_path / "a.safetensors", "flux", DEV)
+    kohya_adapter(tmp_path / "lora.safetensors")
+    for words, said in (
+        (["lora.safetensors", "out", "--to", "peft", "--dtype", "bf16"], "leave --dtype out"),
+        (["lora.safetensors", "out", "--to", "peft", "--verify"], "leave --verify out"),
+        (["a.safetensors", "out", "--to", "flux", "--lora_scale", "0.5"], "--merge_lora, which is not given"),
+        (["a.safetensors", "out", "--to", "flux", "--workers", "-1"], "--workers -1 must be at least 1"),
+    ):
+        code, _, err = run(["convert", str(tmp_path / words[0]), str(tmp_path / words[1]), *words[2:]], capsys)
+        assert code == 2 and said in err, err

@@ -217,6 +217,14 @@ def test_broken_clips_and_empty_packs_weigh_nothing(samples: list[Drawn], fed: l
     assert all(one.pad_share == 0 for one in fed)  # one rank pads nothing
 
 
+def test_an_epoch_that_takes_no_clip_is_passed_over(pool: RankPool, config: RunConfig) -> None:
+    """Of a few clips a mix may take none; the step is made of the next epoch that takes one."""
+    rare = replace(config, data=replace(config.data, video_weight=0.05, frame_counts=(9,), num_microbatches=1))
+    (steps,) = pool.run(1, feed_on_rank, rare, 3)
+    assert all(step.plan.samples for step in steps)
+    assert len({step.plan.epoch for step in steps}) == 3 and steps[-1].plan.epoch > 3
+
+
 def test_no_pack_holds_more_than_it_may(pool: RankPool, config: RunConfig, fed: list[Fed]) -> None:
     data = replace(config.data, num_microbatches=1, max_pack_tokens=100)
     (steps,) = pool.run(1, feed_on_rank, replace(config, data=data), 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from megasora import recipes
 from megasora.config.schema import ConditionConfig, RunConfig
 from megasora.data.cache.layout import caption_of
+from megasora.data.decoding.contract import DecodeError
 from megasora.data.decoding.pyav import PyAVDecoder
 from megasora.data.manifest import read_manifest
 from megasora.data.plan import plan_clips, request_of, start_of
@@ -53,8 +56,8 @@ def measure_on_rank(rank: int, config: RunConfig, all_weights: bool = False) -> 
     evaluator = Evaluator(clips, config=config, context=context, encoders=encoders, decoder=decoder, dtype=torch.float32)
 
     def by_hand(number: int) -> tuple[torch.Tensor, ...]:
-        clip = evaluator.held_out[number].clip
-        key = key_of(seed=EVAL_SEED, stream=Stream.START, sample=clips.index(clip))
+        clip = clips[number]
+        key = key_of(seed=EVAL_SEED, stream=Stream.START, sample=number)
         offset = start_of(clip, uniform=uniform(key=key)) if config.data.temporal_start == "random" else 0
         posterior = encoders.vae.posterior(decoder.decode(request_of(clip, offset=offset)))
         drawn = posterior.sample(key=key_of(seed=EVAL_SEED, stream=Stream.VAE, sample=number))
@@ -73,8 +76,8 @@ def measure_on_rank(rank: int, config: RunConfig, all_weights: bool = False) -> 
         losses=losses,
         with_all_weights=evaluator.measure(chunks, megatron_config) if all_weights else None,
         as_by_hand=all(
-            all(torch.equal(one, other) for one, other in zip((held.tokens, held.text, held.vec), by_hand(number), strict=True))
-            for number, held in enumerate(evaluator.held_out)
+            all(torch.equal(one, other) for one, other in zip((held.tokens, held.text, held.vec), by_hand(held.number), strict=True))
+            for held in evaluator.held_out
         ),
         failed=tuple(clip for clip, _ in evaluator.failed),
     )
@@ -118,6 +121,27 @@ def test_every_evaluation_in_every_layout_gives_the_same_held_out_loss(
             for part in ("by_t", "by_kind", "by_resolution"):
                 assert getattr(other.losses[0], part) == pytest.approx(getattr(one.losses[0], part), rel=1e-5)
             assert other.as_by_hand
+
+
+def measure_without_a_clip_on_one_rank(rank: int, config: RunConfig) -> Measured:
+    """A file system that fails one rank alone, at its third clip."""
+    real = PyAVDecoder.pixels
+
+    def failing(decoder: PyAVDecoder, request: Any) -> Any:
+        if rank == 1 and "clip003" in str(request.path):
+            raise DecodeError("gone for a moment")
+        return real(decoder, request)
+
+    with mock.patch.object(PyAVDecoder, "pixels", failing):
+        return measure_on_rank(rank, config)
+
+
+def test_a_clip_that_one_rank_cannot_decode_is_left_out_by_all(pool: RankPool, run: RunConfig, alone: dict[str, Measured]) -> None:
+    found = pool.run(2, measure_without_a_clip_on_one_rank, run)
+    assert [one.failed for one in found] == [("1", "2")] * 2
+    assert found[0].losses[0] == found[1].losses[0]
+    assert found[0].as_by_hand and found[1].as_by_hand  # the clips after it keep their noise
+    assert found[0].losses[0] != alone["sample"].losses[0]
 
 
 def test_given_frames_are_what_tells_kinds_apart(pool: RankPool, run: RunConfig) -> None:

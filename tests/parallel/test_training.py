@@ -25,7 +25,10 @@ from megasora.config.schema import ParallelConfig, RunConfig
 from megasora.models.mmdit.initialization import initial_values
 from megasora.parallel.shards import Piece
 from megasora.training.checkpoints import RunCheckpoints
+from megasora.training.diffusion import DiffusionTrainer
+from megasora.training.feed import StepBatch
 from megasora.training.metrics import MetricsLog, StepRecord
+from megasora.training.step import StepResult
 from tests.parallel.runs import metrics, tiny_run, train_on_rank
 from tests.parallel.test_parity import layout
 from tests.pool import RankFailedError, RankPool
@@ -121,6 +124,30 @@ def test_a_checkpoint_is_not_there_before_its_step_is_recorded(pool: RankPool, s
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "assets").symlink_to(straight / "assets")
     assert pool.run(1, steps_saved_before_their_record, tiny_run(tmp_path / "run", steps=4, interval_steps=1, parallel=layout())) == [[4]]
+
+
+def stopped_at_two(rank: int, config: RunConfig) -> None:
+    """Asked to stop while it makes its second step."""
+    take_step = DiffusionTrainer.take_step
+
+    def asked(trainer: DiffusionTrainer, batch: StepBatch) -> StepResult:
+        trainer.stop.asked = trainer.trainee.step == 1
+        return take_step(trainer, batch)
+
+    with mock.patch.object(DiffusionTrainer, "take_step", asked):
+        train_on_rank(rank, config)
+
+
+def test_who_asks_a_run_to_stop_waits_for_a_save_alone(pool: RankPool, straight: Path, tmp_path: Path) -> None:
+    """Held-out losses and sample clips of a large model take minutes, and the time before a kill may be two."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "assets").symlink_to(straight / "assets")
+    config = tiny_run(tmp_path / "run", steps=4, parallel=layout())
+    evaluation = replace(config.evaluation, interval_steps=2, sample_interval_steps=2, sample_prompts=("a",))
+    pool.run(1, stopped_at_two, replace(config, evaluation=evaluation, sample=replace(config.sample, steps=2)))
+    first, last = metrics(tmp_path / "run")
+    assert [event["event"] for event in first["events"]] == ["eval"]  # before the first step
+    assert [event["event"] for event in last["events"]] == ["checkpoint", "stop"]
 
 
 @pytest.mark.slow

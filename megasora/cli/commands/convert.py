@@ -85,7 +85,12 @@ def _converted(args: Args, bar: ByteBar) -> Any:
         )
     if args.latent_channels is not None:
         raise UserError(f"--latent_channels is for --to dc-ae, not for {args.target_format}")
+    if args.lora_scale != 1.0 and args.merge_lora is None:
+        raise UserError(f"--lora_scale {args.lora_scale} is of the adapter of --merge_lora, which is not given")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} must be at least 1")
     if export.is_adapter(args.source):
+        _refuse_flags_of_weights(args)
         return export.export_adapter(args.source, args.target, naming=args.target_format)
     return export.export_weights(
         args.source,
@@ -105,6 +110,26 @@ def _converted(args: Args, bar: ByteBar) -> Any:
         on_start=bar.start,
         on_progress=bar.advance,
     )
+
+
+def _refuse_flags_of_weights(args: Args) -> None:
+    """Refuse what an adapter's new names have no use for.
+
+    Raises:
+        UserError: names the flag.
+    """
+    useless = {
+        "from": args.source_format != "auto",
+        "select": args.select != "model",
+        "init": args.init is not None,
+        "drop_cond": args.drop_cond,
+        "dtype": args.dtype is not None,
+        "merge_lora": args.merge_lora is not None,
+        "verify": args.verify,
+        "axes_dim": args.axes_dim is not None,
+    }
+    if given := [name for name, is_given in useless.items() if is_given]:
+        raise UserError(f"{args.source} is a LoRA adapter, which gets other names and nothing else: leave --{given[0]} out")
 
 
 def _refuse_flags_of_models(args: Args) -> None:

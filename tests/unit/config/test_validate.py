@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,17 @@ def blamed(config: RunConfig, *, world_size: int = 8) -> list[str]:
         ("optimizer", {"ema_decay": 1.0}, "optimizer.ema_decay"),
         ("optimizer", {"clip_grad": -1.0}, "optimizer.clip_grad"),
         ("checkpoint", {"interval_steps": -1}, "checkpoint.interval_steps"),
+        ("optimizer", {"warmup_steps": -5}, "optimizer.warmup_steps"),
+        ("optimizer", {"weight_decay": -1.0}, "optimizer.weight_decay"),
+        ("optimizer", {"lr": math.nan}, "optimizer.lr"),
+        ("optimizer", {"lr_milestones": ((3, -1e-3),)}, "optimizer.lr_milestones"),
+        ("checkpoint", {"keep": -1}, "checkpoint.keep"),
+        ("checkpoint", {"keep_every_steps": -1}, "checkpoint.keep_every_steps"),
+        ("train", {"log_interval_steps": 0}, "train.log_interval_steps"),
+        ("evaluation", {"interval_steps": -1}, "evaluation.interval_steps"),
+        ("evaluation", {"num_timestep_bins": 0}, "evaluation.num_timestep_bins"),
+        ("encoders", {"scaling_factor": 0.0}, "encoders.scaling_factor"),
+        ("model", {"guidance_embed": True}, "model.guidance_embed"),
         ("checkpoint", {"local_dir": "/disk"}, "checkpoint.local_interval_steps"),
         ("checkpoint", {"local_interval_steps": 5}, "checkpoint.local_interval_steps"),
         ("flow", {"sigma_min": 1.0}, "flow.sigma_min"),

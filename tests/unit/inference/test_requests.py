@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def test_files_say_which_frames_are_given(folder: Path, row: dict[str, str], kin
         ({"height": 256}, "height and width together"),
         ({"num_frames": 128}, "128 is not 1 or 4k\\+1; use 125"),
         ({"seed": "x"}, "seed 'x' is no whole number"),
+        ({"seed": math.inf}, "seed inf is no whole number"),
+        ({"num_frames": math.nan}, "num_frames nan is no whole number"),
         ({"name": "../up"}, "no file name"),
     ],
 )

@@ -223,6 +223,23 @@ def test_a_save_beside_the_steps_has_a_limit_of_its_own(tmp_path: Path) -> None:
     assert hang is not None and (hang.phase, hang.waited_s, hang.allowed_s) == ("save", 1801.0, 1800.0)
 
 
+def test_who_writes_is_named_before_who_waits_for_it(tmp_path: Path) -> None:
+    """Both are in the same save; the one whose own part is written looks first, by chance."""
+    clock, folder = Clock(), RecoveryFolder(tmp_path)
+    (waiting, first), (writing, second) = (watchdog(folder, clock, rank) for rank in (2, 3))
+    began = clock.now
+    for heartbeat in (waiting, writing):
+        heartbeat.beat(1, "forward_backward")
+        heartbeat.beat(2, "save")
+    writing.saving_since = lambda: began
+    found = None
+    while found is None:
+        clock.now += 1
+        found = first.look() or second.look()
+    assert (found.rank, found.phase) == (3, "save")
+    assert clock.now - began < LIMITS.save_s + 3
+
+
 def test_a_save_that_has_ended_is_no_hang(tmp_path: Path) -> None:
     clock = Clock()
     heartbeat, dog = watchdog(RecoveryFolder(tmp_path), clock)

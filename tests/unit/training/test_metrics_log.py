@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from megasora.training.metrics import MetricsLog, RecordFile, StepMetrics
 
@@ -77,10 +78,15 @@ class Broken:
     def add_scalar(self, *arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    add_images = add_scalar
 
-def test_tensorboard_is_given_up_when_it_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+@pytest.mark.parametrize("first", ["scalars", "pictures"])
+def test_tensorboard_is_given_up_when_it_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str) -> None:
     with MetricsLog(tmp_path, active=True, total_steps=9, first_step=0, interval_steps=9, tensorboard=False) as log:
         log._writer = Broken()
+        if first == "pictures":
+            log.add_images("samples/0", torch.zeros(1, 3, 4, 4), step=1)
         log.write(step(1))
         log.write(step(2))
     assert capsys.readouterr().err.count("TensorBoard's file cannot be written (No space left on device)") == 1
