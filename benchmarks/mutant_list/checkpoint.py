@@ -169,8 +169,8 @@ MUTANTS = (
     Mutant(
         "the oldest checkpoint is resumed",
         "megasora/checkpoint/verification.py",
-        'sorted(root.glob("step_*"), reverse=True)',
-        'sorted(root.glob("step_*"))',
+        "reversed(store.step_folders(root))",
+        "store.step_folders(root)",
         DAMAGED,
     ),
     Mutant("a torn file is accepted", "megasora/checkpoint/manifests.py", 'if size != facts["bytes"]:', 'if size > facts["bytes"]:', PRUNE),

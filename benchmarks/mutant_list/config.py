@@ -34,8 +34,9 @@ MUTANTS = (
         CONFIG,
     ),
     Mutant("FP8 in fp32", "megasora/config/validate.py", 'if precision.dtype != "bf16":', "if False:", CONFIG),
-    Mutant("sigma_min out of range", "megasora/config/validate.py", "0 <= config.flow.sigma_min < 1", "True", CONFIG),
-    Mutant("EMA decay of 1", "megasora/config/validate.py", "0 <= optimizer.ema_decay < 1", "0 <= optimizer.ema_decay <= 1", CONFIG),
+    Mutant("sigma_min out of range", "megasora/config/number_checks.py", "0 <= config.flow.sigma_min < 1", "True", CONFIG),
+    Mutant("EMA decay of 1", "megasora/config/number_checks.py", "0 <= settings.ema_decay < 1", "0 <= settings.ema_decay <= 1", CONFIG),
+    Mutant("a negative number of checkpoints to keep", "megasora/config/number_checks.py", "saving.keep >= 0", "True", CONFIG),
     Mutant(
         "no prompts to sample",
         "megasora/config/validate.py",

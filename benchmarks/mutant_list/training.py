@@ -278,8 +278,8 @@ MUTANTS = (
     Mutant(
         "samples that are left out come again at the next epoch's place",
         "megasora/training/feed.py",
-        "                if position not in self._left_out:\n",
-        "                if True:\n",
+        "if plan.samples and position not in self._left_out:",
+        "if plan.samples:",
         GUARD,
     ),
     Mutant(
@@ -341,8 +341,8 @@ MUTANTS = (
     Mutant(
         "a save beside the steps may take for ever",
         "megasora/recovery/watchdog.py",
-        "if (since := heartbeat.saving_since()) is not None:",
-        "if (since := heartbeat.saving_since()) is None:",
+        "        if since is not None:\n            waits.append",
+        "        if since is None:\n            waits.append",
         WATCHDOG,
     ),
     Mutant(
