@@ -32,24 +32,25 @@ class ShapedReader:
         self.flat, self.shaped, self.frozen = flat, shaped, frozen
 
     @cached_property
+    def _readers(self) -> dict[str, MegatronReader]:
+        """Where each tensor lies."""
+        places = (self.flat, *self.frozen)
+        found = {key: next((reader for reader in places if key in reader.infos), None) for key in self.shaped.infos}
+        return {key: reader for key, reader in found.items() if reader is not None}
+
+    @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Every tensor."""
-        readers = {key: reader for key in self.shaped.infos if (reader := self._reader(key)) is not None}
-        return {key: replace(reader.infos[key], shape=self.shaped.infos[key].shape) for key, reader in readers.items()}
+        return {key: replace(reader.infos[key], shape=self.shaped.infos[key].shape) for key, reader in self._readers.items()}
 
     def rows(self, key: str) -> Rows:
         """A tensor's bytes."""
-        info, reader = self.infos[key], self._reader(key)
-        assert reader is not None, key
-        return reader.rows(key).reshape(info.num_rows, info.row_bytes)
+        info = self.infos[key]
+        return self._readers[key].rows(key).reshape(info.num_rows, info.row_bytes)
 
     def release(self, key: str) -> None:
         """Let the tensor's pages go."""
-        if (reader := self._reader(key)) is not None:
-            reader.release(key)
-
-    def _reader(self, key: str) -> MegatronReader | None:
-        return next((reader for reader in (self.flat, *self.frozen) if key in reader.infos), None)
+        self._readers[key].release(key)
 
 
 def open_parameters(path: Path, *, select: Select = "model") -> tuple[dict[str, Any], ShapedReader]:
@@ -71,6 +72,7 @@ def open_parameters(path: Path, *, select: Select = "model") -> tuple[dict[str, 
     part = "model" if select == "master" and state["dtype"] == "fp32" else select
     model = MegatronReader(path, prefix="model.")
     flat = model if part == "model" else MegatronReader(path, prefix=f"{part}.")
-    distillation = state.get("distillation") or {}
-    master = MegatronReader(path, prefix="master.") if state["dtype"] != "fp32" else model
-    return state, ShapedReader(flat, model, frozen=(master, model) if distillation.get("trained") == "encoder" else ())
+    frozen: tuple[MegatronReader, ...] = ()
+    if (state.get("distillation") or {}).get("trained") == "encoder":
+        frozen = (model,) if state["dtype"] == "fp32" else (MegatronReader(path, prefix="master."), model)
+    return state, ShapedReader(flat, model, frozen=frozen)

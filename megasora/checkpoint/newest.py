@@ -10,8 +10,9 @@ from typing import Any
 from megasora.checkpoint.lease import Lease
 from megasora.checkpoint.local_copies import Copy, LocalCopies
 from megasora.checkpoint.store import complete_checkpoints
-from megasora.checkpoint.verification import Refused, Verified, newest_good, told_by_rank_0
+from megasora.checkpoint.verification import Refused, Verified, newest_good
 from megasora.config.errors import UserError
+from megasora.parallel.agreement import told_by_rank_0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from megasora.checkpoint import commit, manifests, store
 from megasora.checkpoint.lease import Lease
 from megasora.config.errors import UserError
+from megasora.parallel.agreement import told_by_rank_0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def newest_good(root: Path, *, lease: Lease | None) -> Verified:
     refused: list[Refused] = []
     for candidate in candidates:
         folder = Path(candidate)
-        manifest, reason = told_by_rank_0(lambda folder=folder: _examined(folder))
+        manifest, reason = told_by_rank_0(partial(_examined, folder))
         if reason is None:
             reason = _first_damage(folder, manifest["files"])
         if reason is None:
@@ -71,21 +73,6 @@ def newest_good(root: Path, *, lease: Lease | None) -> Verified:
             "Copy a good one there, or move them away to start from the beginning"
         )
     return Verified(folder=None, manifest={}, refused=())
-
-
-def told_by_rank_0(decide: Any) -> Any:
-    """What `decide` returns on rank 0, or its UserError, on every rank."""
-    told: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            told = [(decide(), None)]
-        except UserError as error:
-            told = [(None, str(error))]
-    dist.broadcast_object_list(told, src=0)
-    value, error_text = told[0]
-    if error_text is not None:
-        raise UserError(error_text)
-    return value
 
 
 def _examined(folder: Path) -> tuple[dict[str, Any], str | None]:

@@ -134,17 +134,35 @@ def read_hang(folder: RecoveryFolder, incarnation: int) -> Hang | None:
         return None
 
 
-class PeerWatch:
-    """Which ranks' heartbeat files have stopped changing, by this process's own clock (hosts' clocks differ)."""
+class Stamps:
+    """How long ranks' heartbeat files have not changed, by this process's own clock (hosts' clocks differ)."""
 
-    def __init__(self, folder: RecoveryFolder, seat: Seat, *, limits: HangLimits) -> None:
-        self._folder, self._seat, self._limits = folder, seat, limits
+    def __init__(self) -> None:
         self._seen: dict[int, tuple[float, float]] = {}
         """rank -> (its stamp, when that was first seen)"""
 
     def forget(self) -> None:
         """Count afresh."""
         self._seen.clear()
+
+    def still_s(self, beat: Beat, now: float) -> float:
+        """Seconds since a heartbeat was first seen as it is."""
+        stamp, since = self._seen.get(beat.rank, (0.0, now))
+        if stamp != beat.alive:
+            since = now
+            self._seen[beat.rank] = (beat.alive, now)
+        return now - since
+
+
+class PeerWatch:
+    """Which ranks' heartbeat files have stopped changing."""
+
+    def __init__(self, folder: RecoveryFolder, seat: Seat, *, limits: HangLimits) -> None:
+        self._folder, self._seat, self._limits, self._stamps = folder, seat, limits, Stamps()
+
+    def forget(self) -> None:
+        """Count afresh."""
+        self._stamps.forget()
 
     def silent(self, now: float) -> list[int]:
         """Ranks of this incarnation that have been silent for too long; a rank that has not begun to write is not counted."""
@@ -153,21 +171,17 @@ class PeerWatch:
             beat = None if rank == self._seat.rank else read_beat(self._folder, rank)
             if beat is None or beat.incarnation != self._seat.incarnation:
                 continue
-            stamp, since = self._seen.get(rank, (0.0, now))
-            if beat.alive != stamp:
-                self._seen[rank] = (beat.alive, now)
-            elif now - since > self._limits.silent_s(beat.phase, beat.step) and not self._folder.exit(beat.incarnation, rank).exists():
+            late = self._stamps.still_s(beat, now) > self._limits.silent_s(beat.phase, beat.step)
+            if late and not self._folder.exit(beat.incarnation, rank).exists():
                 found.append(rank)
         return found
 
 
 class ClipWaits:
-    """Whether a living rank waits for its clips, by this process's own clock: it keeps the others waiting."""
+    """Whether a living rank waits for its clips: it keeps the others waiting."""
 
     def __init__(self, folder: RecoveryFolder, seat: Seat) -> None:
-        self._folder, self._seat = folder, seat
-        self._seen: dict[int, tuple[float, float]] = {}
-        """rank -> (its stamp, when that was first seen)"""
+        self._folder, self._seat, self._stamps = folder, seat, Stamps()
         self._due, self._found = 0.0, False
 
     def any(self, now: float, *, step: int) -> bool:
@@ -175,17 +189,13 @@ class ClipWaits:
         if now >= self._due:
             self._due = now + self._seat.world_size / RANKS_A_SECOND
             beats = read_beats(self._folder, incarnation=self._seat.incarnation).values()
-            lives = [self._lives(beat, now) for beat in beats if beat.phase == "data" and beat.step <= step]  # all are looked at
+            others = [beat for beat in beats if beat.rank != self._seat.rank and beat.phase == "data" and beat.step <= step]
+            lives = [self._stamps.still_s(beat, now) <= self._patience_s(beat) for beat in others]  # all are looked at
             self._found = any(lives)
         return self._found
 
-    def _lives(self, beat: Beat, now: float) -> bool:
-        if beat.rank == self._seat.rank:
-            return False
-        stamp, since = self._seen.get(beat.rank, (0.0, now))
-        if stamp != beat.alive:
-            self._seen[beat.rank], since = (beat.alive, now), now
-        return now - since <= (NEAR_S if beat.host == self._seat.host else FAR_S)
+    def _patience_s(self, beat: Beat) -> float:
+        return NEAR_S if beat.host == self._seat.host else FAR_S
 
 
 class Watchdog:

@@ -26,13 +26,13 @@ from megasora.config.problem import Problem
 from megasora.data.buckets import pixels_of
 from megasora.data.cache.teacher import DTYPES, read_teacher_facts
 from megasora.models.autoencoders.discriminator import ClipDiscriminator
-from megasora.models.autoencoders.teacher import Teacher, blank_teacher_model
+from megasora.models.autoencoders.teacher import blank_teacher_model
 from megasora.models.lpips import Lpips, expected_shapes
 from megasora.perf.allocations import Allocations
 from megasora.training.autoencoder.backward import ClipDraws, Losses, backward_clip
 from megasora.training.autoencoder.distillation import Distillation
 from megasora.training.autoencoder.network import TrainedNetwork, new_discriminator, new_network, recompute_blocks
-from megasora.training.autoencoder.teaching import distillation_of
+from megasora.training.autoencoder.teaching import distillation_of, teacher_of
 
 Clip = tuple[int, int, int]
 """Frames, height, width."""
@@ -219,7 +219,7 @@ def _distillation(config: AutoencoderRunConfig, network: TrainedNetwork, dtype: 
     if settings.cache is None:
         model = blank_teacher_model(None if settings.teacher is None else Path(settings.teacher))
         _make(model, dtype)
-        teacher = Teacher(model, frames=settings.frames, normalisation=settings.normalisation, side_px=settings.teacher_px)
+        teacher = teacher_of(settings, model)
     distillation = distillation_of(settings, network, teacher=teacher)
     _make(distillation.projector, dtype)
     return distillation

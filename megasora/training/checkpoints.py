@@ -24,9 +24,9 @@ from megasora.config.run_basics import RunBasics
 from megasora.config.schema import RunConfig
 from megasora.data.plan import SamplerState
 from megasora.models.mmdit.sharded_state import model_tensors
+from megasora.parallel.agreement import on_rank_0
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.row_shards import reshard
-from megasora.training.first_rank import on_rank_0
 from megasora.training.guard import Guard
 from megasora.training.moments import moments_of, set_moments
 from megasora.training.optimizer import ensure_adam_state, owned_shards, refresh_masters

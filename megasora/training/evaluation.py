@@ -24,6 +24,7 @@ from megasora.diffusion.patchify import patchify
 from megasora.diffusion.philox import Stream, key_of, uniform
 from megasora.models.encoders.bundle import Encoders
 from megasora.models.mmdit.schedule import MicroBatch, run_schedule
+from megasora.parallel.agreement import had_by_all
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.pack import Pack, PackSplit, SampleShape
 from megasora.training.material import Material, scaled_latents
@@ -103,12 +104,11 @@ class Evaluator:
                     found[number] = self._encoded(clip, material, number=number, scaling_factor=source.scaling_factor)
         finally:
             source.close()
-        everywhere = torch.tensor([number in found for number in range(len(clips))], dtype=torch.int32, device=context.device)
-        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
-        for number, there in enumerate(everywhere.tolist()):
-            if not there:
-                self.failed.append((clips[number].clip.id, reasons.get(number, "another rank could not decode it")))
-        self.held_out = [held_out for number, held_out in found.items() if everywhere[number]]
+        self.held_out = [found[number] for number in had_by_all(found)]
+        numbers = {held_out.number for held_out in self.held_out}
+        for number, clip in enumerate(clips):
+            if number not in numbers:
+                self.failed.append((clip.clip.id, reasons.get(number, "another rank could not decode it")))
 
     def _taken(self, sample: int, clip: PlannedClip) -> Taken:
         """The same frames of a clip every time, drawn where training draws."""

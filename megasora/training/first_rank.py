@@ -1,35 +1,13 @@
-"""What rank 0 does for all ranks: its refusal ends all alike, and none waits for a rank that has ended."""
+"""A run's folder and its settings there, which rank 0 writes for all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-import torch.distributed as dist
 
 from megasora.config.errors import UserError
 from megasora.config.io import save_yaml
-
-T = TypeVar("T")
-
-
-def on_rank_0(act: Callable[[], T]) -> T | None:
-    """What rank 0 gets by it; None on the others. All ranks call it together.
-
-    Raises:
-        UserError: rank 0 was refused; the same on every rank.
-    """
-    got, refused = None, [""]
-    if dist.get_rank() == 0:
-        try:
-            got = act()
-        except UserError as error:
-            refused = [str(error)]
-    dist.broadcast_object_list(refused, src=0)
-    if refused[0]:
-        raise UserError(refused[0])
-    return got
+from megasora.parallel.agreement import on_rank_0
 
 
 def make_run_dir(run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -118,18 +119,10 @@ def _refuse_flags_of_weights(args: Args) -> None:
     Raises:
         UserError: names the flag.
     """
-    useless = {
-        "from": args.source_format != "auto",
-        "select": args.select != "model",
-        "init": args.init is not None,
-        "drop_cond": args.drop_cond,
-        "dtype": args.dtype is not None,
-        "merge_lora": args.merge_lora is not None,
-        "verify": args.verify,
-        "axes_dim": args.axes_dim is not None,
-    }
-    if given := [name for name, is_given in useless.items() if is_given]:
-        raise UserError(f"{args.source} is a LoRA adapter, which gets other names and nothing else: leave --{given[0]} out")
+    of_weights = {"from": args.source_format != "auto", "select": args.select != "model"}
+    useless = {**of_weights, **_of_models(args), "dtype": args.dtype is not None, "verify": args.verify}
+    if flag := _first_given(useless):
+        raise UserError(f"{args.source} is a LoRA adapter, which gets other names and nothing else: leave --{flag} out")
 
 
 def _refuse_flags_of_models(args: Args) -> None:
@@ -138,11 +131,19 @@ def _refuse_flags_of_models(args: Args) -> None:
     Raises:
         UserError: names the flag.
     """
-    useless = {
+    if flag := _first_given(_of_models(args)):
+        raise UserError(f"--{flag} is not for autoencoders: leave it out with --to {args.target_format}")
+
+
+def _of_models(args: Args) -> dict[str, bool]:
+    """Flags for an MMDiT's weights alone -> whether they are given."""
+    return {
         "init": args.init is not None,
         "drop_cond": args.drop_cond,
         "merge_lora": args.merge_lora is not None,
         "axes_dim": args.axes_dim is not None,
     }
-    if given := [name for name, is_given in useless.items() if is_given]:
-        raise UserError(f"--{given[0]} is not for autoencoders: leave it out with --to {args.target_format}")
+
+
+def _first_given(flags: Mapping[str, bool]) -> str | None:
+    return next((name for name, is_given in flags.items() if is_given), None)

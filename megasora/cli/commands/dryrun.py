@@ -62,7 +62,7 @@ def _one(args: Args, gpu: Hardware) -> Answer:
 
     found = dry_run(args.config, world_size=args.gpus, rank=args.rank or 0, clips=args.clips)
     room = room_of([found], args.config, gpu=gpu)
-    data = {**to_dict(found), "compared": to_dict(compare(found, args.config)), "room": {**to_dict(room), "fits": room.fits}}
+    data = {**to_dict(found), "compared": to_dict(compare(found, args.config)), "room": room.data()}
     return Answer(data=data, show=lambda: show_run(found, args.config, room))
 
 
@@ -79,7 +79,7 @@ def _all(args: Args, gpu: Hardware) -> Answer:
         )
     classes = [{"class": to_dict(one.of), "run": to_dict(one.run), "compared": to_dict(compare(one.run, args.config))} for one in runs]
     room = room_of([one.run for one in runs], args.config, gpu=gpu)
-    data = {"recipe": args.config.recipe, "world_size": args.gpus, "classes": classes, "room": {**to_dict(room), "fits": room.fits}}
+    data = {"recipe": args.config.recipe, "world_size": args.gpus, "classes": classes, "room": room.data()}
     return Answer(data=data, show=lambda: show_classes(runs, args.config, room))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megasora.config.memory import memory_estimate
 from megasora.config.memory_cure import memory_cure
@@ -29,7 +30,11 @@ class Room:
     @property
     def fits(self) -> bool:
         """Whether there is room."""
-        return self.peak + self.workspace <= self.gpu_bytes
+        return self.cure is None
+
+    def data(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "fits": self.fits}
 
 
 def room_of(runs: Sequence[DryRun], config: RunConfig, *, gpu: Hardware) -> Room:

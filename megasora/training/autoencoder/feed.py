@@ -26,6 +26,7 @@ from megasora.data.manifest import Clip, SkippedRow
 from megasora.data.plan import PlannedClip, SamplerState, StepPlan, assign_packs, next_step, plan_clips, request_of, start_of
 from megasora.data.quarantine import Quarantine
 from megasora.diffusion.philox import Stream, key_of, uniform
+from megasora.parallel.agreement import had_by_all
 from megasora.parallel.groups import ParallelContext
 from megasora.parallel.transfer import send
 from megasora.training.autoencoder.backward import ClipDraws
@@ -259,10 +260,10 @@ def held_out_clips(clips: Sequence[PlannedClip], *, decoder: Decoder, most: int)
             found[number] = clip.clip.id, decoder.pixels(request_of(clip)).cpu()
         except DecodeError as error:
             reason = str(error)
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, (sorted(found), reason))
-    shared = sorted(set(found).intersection(*(numbers for numbers, _ in of_ranks)))
+    shared = had_by_all(found)
     if not shared:
-        reasons = [said for numbers, said in of_ranks if not numbers] or [f"ranks fail at different ones, the last: {reason}"]
-        raise UserError(f"no held-out clip can be decoded: {reasons[0]}")
+        reasons: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, None if found else reason)
+        first = next((said for said in reasons if said is not None), f"ranks fail at different ones, the last: {reason}")
+        raise UserError(f"no held-out clip can be decoded: {first}")
     return [found[number] for number in shared]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,13 +14,13 @@ from torch import nn
 from megasora.config.autoencoder_run import AutoencoderRunConfig
 from megasora.config.distillation import DistillationConfig
 from megasora.config.distillation_checks import TINY_RECIPE
-from megasora.config.errors import UserError
 from megasora.data.cache.identity import encoder_facts
 from megasora.data.cache.teacher import TeacherCache, check_teacher_cache, read_teacher_facts
 from megasora.data.plan import PlannedClip
 from megasora.models.autoencoders.alignment import Projector
 from megasora.models.autoencoders.dc_ae.model import VideoDCAE
 from megasora.models.autoencoders.teacher import Teacher, load_teacher_model, make_tiny_teacher
+from megasora.parallel.agreement import told_by_rank_0
 from megasora.training.autoencoder.distillation import Distillation
 from megasora.training.autoencoder.network import TrainedNetwork
 
@@ -80,7 +80,11 @@ def load_teacher(settings: DistillationConfig, *, device: torch.device, dtype: t
     Raises:
         UserError: the folder is none, or lacks a tensor.
     """
-    model = load_teacher_model(Path(str(settings.teacher)), dtype=dtype).to(device)
+    return teacher_of(settings, load_teacher_model(Path(str(settings.teacher)), dtype=dtype).to(device))
+
+
+def teacher_of(settings: DistillationConfig, model: nn.Module) -> Teacher:
+    """A DINOv2 that is asked as the settings say."""
     return Teacher(model, frames=settings.frames, normalisation=settings.normalisation, side_px=settings.teacher_px)
 
 
@@ -92,24 +96,8 @@ def open_features(config: AutoencoderRunConfig, clips: Sequence[PlannedClip], *,
     """
     if not config.has_distillation or config.distillation.cache is None:
         return None
-    _first_rank_says(lambda: check_teacher_cache(config, manifest_sha256=manifest_sha256))
+    told_by_rank_0(lambda: check_teacher_cache(config, manifest_sha256=manifest_sha256))
     return TeacherCache(Path(config.distillation.cache), clips)
-
-
-def _first_rank_says(ask: Callable[[], T]) -> T:
-    """What rank 0 finds, or its UserError, on every rank."""
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [ask()]
-        except UserError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    (answer,) = found
-    if isinstance(answer, UserError):
-        raise answer
-    said: T = answer
-    return said
 
 
 def kept_of(config: AutoencoderRunConfig) -> dict[str, Any] | None:
@@ -126,6 +114,6 @@ def kept_of(config: AutoencoderRunConfig) -> dict[str, Any] | None:
     if settings.cache is not None:
         teacher = read_teacher_facts(Path(settings.cache)).settings.teacher_sha256
     else:
-        teacher = _first_rank_says(lambda: encoder_facts(str(settings.teacher)).sha256)
+        teacher = told_by_rank_0(lambda: encoder_facts(str(settings.teacher)).sha256)
     names = ("layer", "frames", "teacher_px", "normalisation", "projector", "projector_width", "trained")
     return {"teacher": teacher, **{name: getattr(settings, name) for name in names}}
